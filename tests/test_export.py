@@ -1,0 +1,119 @@
+"""tools/export.py on small notebooks made here: several days write into the same modules."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+import export as exporter  # noqa: E402
+
+DAY_1 = [
+    '#| export config\n"""Settings."""\n\n'
+    "from __future__ import annotations\nimport torch\nimport os",
+    "#| export config\n#| echo: false\nclass Config:\n    size = os.sep",
+    "assert 'this cell is not exported'",
+    "#| export engine.sequence\nfrom enum import Enum\n\nclass Status(Enum):\n    WAITING = 1",
+    "#| export engine.sequence\nfrom nanovllm.config import (\n    Config,\n)\n\n"
+    "# Counts up.\n_ids = 0\n\n"
+    "def make():\n    from nanovllm.config import Config as C\n    return C",
+]
+DAY_2 = [
+    "#| export config\n# drawn from here\nimport random\nimport torch  # the library\n"
+    "from os import sep, PathLike\n\ndef seed_all(n):\n    random.seed(n)",
+    '#| export llm\n"""The API."""\nfrom nanovllm.config import Config\n'
+    "try:\n    import flash_attn\nexcept ImportError:\n    flash_attn = None\n\nclass LLM: pass",
+    '#| export __init__\n"""The package."""\nfrom nanovllm.llm import LLM',
+]
+
+
+@pytest.fixture
+def days(tmp_path):
+    """Writes notebooks from lists of cells, one list a day; returns their folder."""
+    import nbformat
+
+    def make(*cells_of_days):
+        nbs = tmp_path / "nbs"
+        nbs.mkdir(exist_ok=True)
+        for day, cells in enumerate(cells_of_days, 1):
+            cells = [nbformat.v4.new_code_cell(source) for source in cells]
+            notebook = nbformat.v4.new_notebook(cells=cells)
+            nbformat.write(notebook, nbs / f"{day:02}_day.ipynb")
+        return nbs
+
+    return make
+
+
+def test_imports_of_all_days_stand_sorted_on_top(days):
+    text = exporter.build(exporter.day_notebooks(days(DAY_1, DAY_2)))["config.py"]
+    kinds = [type(node).__name__ for node in ast.parse(text).body]
+    assert kinds == ["Expr", "ImportFrom", "Assign", *["Import"] * 2, "ImportFrom", "Import",
+                     "ClassDef", "FunctionDef"]
+    top = text[text.index("import os"):text.index("class Config")]
+    assert top == ("import os\n# drawn from here\nimport random\nfrom os import PathLike, sep\n\n"
+                   "import torch  # the library\n\n\n")
+    assert "nbs/01_day.ipynb, nbs/02_day.ipynb" in text
+    assert "echo" not in text and text.startswith('"""Settings."""\n')
+    assert '__all__ = ["Config", "seed_all"]' in text
+
+
+def test_own_imports_become_relative_wherever_they_stand(days):
+    text = exporter.build(exporter.day_notebooks(days(DAY_1)))["engine/sequence.py"]
+    assert "\nfrom ..config import Config\n" in text
+    assert "    from ..config import Config as C\n" in text
+    assert "# Counts up.\n_ids = 0\n\n" in text
+
+
+def test_init_offers_what_it_imports(days):
+    files = exporter.build(exporter.day_notebooks(days(DAY_1, DAY_2)))
+    version = next(line for line in files["__init__.py"].splitlines() if "__version__" in line)
+    assert version.startswith('__version__ = "')
+    assert '__all__ = ["LLM"]' in files["__init__.py"]
+    assert "from .llm import LLM\n" in files["__init__.py"]
+    assert files["engine/__init__.py"] == ""
+    # An import that may fail stays where its author has put it.
+    assert "try:\n    import flash_attn\n" in files["llm.py"]
+
+
+def test_two_exports_write_the_same_and_days_can_be_cut(days, tmp_path):
+    nbs, lib = days(DAY_1, DAY_2), tmp_path / "nanovllm"
+    (lib / "demo_model").mkdir(parents=True)
+    (lib / "demo_model" / "config.json").write_text("{}")
+    (lib / "by_hand.py").write_text("x = 1\n")
+    files = exporter.export(lib, nbs=nbs)
+    assert exporter.write(exporter.build(exporter.day_notebooks(nbs)), lib) == ([], [])
+    assert "by_hand.py" in "".join(exporter.differences(files, lib))
+
+    exporter.export(lib, upto=1, nbs=nbs)
+    assert not (lib / "llm.py").exists() and (lib / "engine" / "sequence.py").exists()
+    assert "seed_all" not in (lib / "config.py").read_text()
+    assert (lib / "demo_model" / "config.json").exists() and (lib / "by_hand.py").exists()
+
+
+def test_the_package_imports(days, tmp_path):
+    exporter.export(tmp_path / "nanovllm", nbs=days(DAY_1, DAY_2))
+    code = "import nanovllm.engine.sequence as s, nanovllm; print(s.make(), nanovllm.LLM)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("cell, complaint", [
+    ("#| default_exp config", "default_exp"),
+    ("#| export\nx = 1", "must name one module"),
+    ("#| exporti config\nx = 1", "exporti"),
+    ("#| export config\n%time x = 1", "not plain Python"),
+    ("#| export config\nclass Config: pass", "defined twice"),
+    ("#| export config\nfrom sys import os", "imported from two places"),
+    ("#| export config\nfrom queue import Config", "both imported and defined"),
+])
+def test_what_cannot_be_exported_is_refused(days, cell, complaint):
+    with pytest.raises(exporter.ExportError, match=complaint):
+        exporter.build(exporter.day_notebooks(days(DAY_1, [cell])))
+
+
+def test_overloads_and_late_imports_are_allowed(days):
+    cell = ("#| export config\nfrom typing import overload\n@overload\ndef f(x: int): ...\n"
+            "def f(x): return x\nos.environ['A'] = '1'\nimport triton  # noqa: E402")
+    text = exporter.build(exporter.day_notebooks(days(DAY_1, [cell])))["config.py"]
+    assert text.index("os.environ") < text.index("import triton")

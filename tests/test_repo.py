@@ -1,0 +1,169 @@
+"""What must hold for every file of the repository: notebooks, exported package, text, wheel."""
+
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import export as exporter  # noqa: E402
+
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+MODULES = sorted(path for path in exporter.LIB.rglob("*.py") if path.name != "_modidx.py")
+MEGABYTE = 1_000_000
+# A path that only makes sense on the machine of whoever wrote it. What may precede: a quote, a
+# space, an equals sign; not a word, as in the address of a web page.
+MACHINE_PATH = re.compile(r"(?<![\w.~+/:-])/(?:(?:home|root|Users|work|workspace|mnt|opt)/[\w.-]+"
+                          r"|tmp/(?:tmp|ipykernel)\w+)")
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def repository_files() -> list[Path]:
+    """Files that are tracked, or would be: not the ignored ones."""
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others",
+               "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
+
+
+def text_of(path: Path) -> str:
+    """What a reader sees of a file; of a notebook cells and outputs, without the images."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ""
+    if path.suffix != ".ipynb":
+        return text
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            output["data"] = {kind: value for kind, value in data.items() if "image/" not in kind}
+    return json.dumps(notebook, indent=1, ensure_ascii=False)
+
+
+def copy_repository(dest: Path) -> None:
+    for path in repository_files():
+        (dest / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(path, dest / path.relative_to(ROOT))
+
+
+# -----------------------------------------------------------------------------------------------
+# Notebooks
+# -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_executed_without_errors(path):
+    outputs = [out for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+               if cell["cell_type"] == "code" for out in cell["outputs"]]
+    assert outputs, "no cell has an output: run tools/run_notebooks.py"
+    errors = [out for out in outputs if out["output_type"] == "error"]
+    assert not errors, f"{errors[0]['ename']}: {errors[0]['evalue']}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_clean(path, tmp_path, monkeypatch):
+    from nbdev.clean import nbdev_clean
+
+    monkeypatch.chdir(ROOT)
+    copy = Path(shutil.copy(path, tmp_path))
+    nbdev_clean(str(copy))
+    assert copy.read_bytes() == path.read_bytes(), "run nbdev_clean"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
+def test_notebook_is_small(path):
+    assert path.stat().st_size <= MEGABYTE
+
+
+# -----------------------------------------------------------------------------------------------
+# The package
+# -----------------------------------------------------------------------------------------------
+
+def test_package_is_what_the_notebooks_export():
+    files = exporter.build(exporter.day_notebooks())
+    assert not exporter.differences(files, exporter.LIB), "run tools/export.py"
+
+
+def test_stock_export_changes_nothing(tmp_path):
+    """It would append to the modules; it must stop before, and say what to run."""
+    def state():
+        return {path.relative_to(tmp_path): hashlib.sha256(path.read_bytes()).digest()
+                for path in tmp_path.rglob("*") if path.is_file()}
+
+    copy_repository(tmp_path)
+    before = state()
+    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
+    for path in [[], *(["--path", f"nbs/{notebook.name}"] for notebook in NOTEBOOKS[-1:])]:
+        command = [Path(sysconfig.get_path("scripts")) / "nbdev_export", *path]
+        done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
+        assert state() == before
+        assert done.returncode != 0 and "run `python tools/export.py`" in done.stderr, done.stderr
+
+
+def test_imports_run_one_way():
+    """Scheduling knows no tensors; layers and models know no engine."""
+    def imported(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                yield "." * node.level + (node.module or "")
+
+    for path in MODULES:
+        if path.stem in ("sequence", "block_manager", "scheduler"):
+            assert not [name for name in imported(path) if name.split(".")[0] == "torch"], path
+        if path.parent.name in ("layers", "models", "utils"):
+            assert not [name for name in imported(path) if "engine" in name.split(".")], path
+
+
+def test_wheel_holds_the_package_and_its_model(tmp_path):
+    source = tmp_path / "source"
+    copy_repository(source)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
+               "--no-index", "-w", tmp_path, source]
+    subprocess.run(command, check=True)
+    wheel, = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    expected = {name_of(path) for path in repository_files() if path.is_relative_to(exporter.LIB)}
+    assert expected <= packed
+    assert {name.split("/")[0] for name in packed if ".dist-info/" not in name} == {"nanovllm"}
+
+    # Unpacked by itself, far from the repository, it imports and finds its data.
+    zipfile.ZipFile(wheel).extractall(tmp_path / "alone")
+    code = "import nanovllm; print(nanovllm.__file__)"
+    env = dict(os.environ, PYTHONPATH=str(tmp_path / "alone"))
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True,
+                           capture_output=True, text=True).stdout
+    assert Path(shown.strip()).is_relative_to(tmp_path / "alone")
+
+
+# -----------------------------------------------------------------------------------------------
+# Text
+# -----------------------------------------------------------------------------------------------
+
+def test_lines_fit_the_page():
+    pages = [path for path in repository_files() if path.suffix == ".py"]
+    long = [f"{name_of(path)}:{number}" for path in pages if path.name != "_modidx.py"
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+            if len(line) > exporter.WIDTH]
+    assert not long
+
+
+def test_no_file_names_a_place_on_somebodys_machine():
+    found = {name_of(path): sorted(set(MACHINE_PATH.findall(text_of(path))))
+             for path in repository_files()}
+    assert not {name: paths for name, paths in found.items() if paths}

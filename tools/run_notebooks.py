@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Execute notebooks in place, store what they show, and clean them with nbdev_clean.
+
+    python tools/run_notebooks.py                     all the days
+    python tools/run_notebooks.py 3 nbs/05_*.ipynb    some of them, by day or by file
+    python tools/run_notebooks.py --flags gpu         also the cells flagged `#| gpu`
+    python tools/run_notebooks.py --flags gpu --only-flagged
+                                                      run all, store only what those cells show
+
+The kernel works in nbs/ and imports the package of this repository. Cells with a flag from
+`tst_flags` in settings.ini (`gpu`, `weights`) are left out unless asked for, and keep the outputs
+that are stored already. A notebook that fails is not changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from configparser import ConfigParser
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from export import NBS, ROOT, day_notebooks, day_of  # noqa: E402
+
+
+def test_flags() -> set[str]:
+    """The flags of cells that are left out unless asked for."""
+    config = ConfigParser(delimiters=["="], interpolation=None)
+    config.read(ROOT / "settings.ini", encoding="utf-8")
+    return set(config["DEFAULT"]["tst_flags"].split())
+
+
+def directives(source: str) -> set[str]:
+    """The first word of each `#|` line at the top of a cell."""
+    found = set()
+    for line in source.splitlines():
+        match = re.match(r"\s*#\s*\|\s*([\w-]+)", line)
+        if line.strip() and not match:
+            break
+        if match:
+            found.add(match.group(1))
+    return found
+
+
+def select(names: list[str]) -> list[Path]:
+    """The notebooks that `names` mean: days (`3`) or files; all the days where there are none."""
+    if not names:
+        return day_notebooks()
+    chosen = []
+    for name in names:
+        path = Path(name).resolve()
+        if name.isdigit():
+            matches = [nb for nb in day_notebooks() if day_of(nb) == int(name)]
+        else:
+            matches = [path] if path.suffix == ".ipynb" and path.exists() else []
+        if not matches:
+            raise SystemExit(f"no such notebook: {name}")
+        chosen += matches
+    return chosen
+
+
+def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int) -> None:
+    """Run the notebook at `path` and save its outputs; leaves out cells with a flag in `skip`.
+
+    With `store`, only cells with one of those flags get new outputs. Raises nbclient's
+    CellExecutionError, and saves nothing, when a cell fails.
+    """
+    import nbformat
+    from nbclient import NotebookClient
+
+    class Client(NotebookClient):
+        """Leaves cells out by their flags; nbclient itself knows only tags."""
+
+        async def async_execute_cell(self, cell, *args, **kwargs):
+            if cell.cell_type == "code" and directives(cell.source) & skip:
+                return cell
+            return await super().async_execute_cell(cell, *args, **kwargs)
+
+    notebook = nbformat.read(path, as_version=4)
+    stored = [cell.get("outputs") for cell in notebook.cells]
+    Client(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
+           extra_arguments=["--IPKernelApp.log_level=ERROR"],    # no advice about its ports
+           resources={"metadata": {"path": str(path.parent)}}).execute()
+    if store is not None:
+        for cell, outputs in zip(notebook.cells, stored):
+            if cell.cell_type == "code" and not directives(cell.source) & store:
+                cell.outputs = outputs
+    nbformat.write(notebook, path)
+
+
+def clean(path: Path) -> None:
+    """What nbdev_clean does: drop execution counts, foreign metadata and memory addresses."""
+    try:
+        from nbdev.clean import nbdev_clean
+    except ModuleNotFoundError:
+        print(f"{path.name}: nbdev is not here; run `nbdev_clean` before you commit")
+        return
+    os.chdir(ROOT)                   # nbdev looks for settings.ini from here
+    nbdev_clean(str(path))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", help="days or files (default: all the days)")
+    parser.add_argument("--flags", nargs="+", default=[], metavar="FLAG",
+                        help="run the cells with these flags too: gpu, weights")
+    parser.add_argument("--only-flagged", action="store_true",
+                        help="store new outputs only for the cells with --flags")
+    parser.add_argument("--timeout", type=int, default=900, metavar="S",
+                        help="seconds that one cell may take (default: 900)")
+    args = parser.parse_args()
+    known = test_flags()
+    if unknown := set(args.flags) - known:
+        parser.error(f"no such flag: {', '.join(sorted(unknown))} (there are: {sorted(known)})")
+    if args.only_flagged and not args.flags:
+        parser.error("--only-flagged needs --flags")
+
+    # The kernel inherits these: the package is this repository's, whatever else is installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT),
+                                                             os.environ.get("PYTHONPATH")]))
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    from nbclient.exceptions import CellExecutionError
+
+    notebooks, failed = select(args.notebooks), 0
+    if not notebooks:
+        parser.error(f"no notebook in {NBS}")
+    for number, path in enumerate(notebooks, 1):
+        print(f"[{number}/{len(notebooks)}] {path.name} … ", end="", flush=True)
+        start = time.perf_counter()
+        try:
+            execute(path, known - set(args.flags), set(args.flags) if args.only_flagged else None,
+                    args.timeout)
+            verdict = "ok"
+        except (CellExecutionError, TimeoutError) as error:
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))      # without the colours
+            verdict, failed = f"FAILED, not changed\n{plain}", failed + 1
+        else:
+            clean(path)
+        print(f"{time.perf_counter() - start:.1f} s {verdict}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
