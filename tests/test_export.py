@@ -112,6 +112,33 @@ def test_what_cannot_be_exported_is_refused(days, cell, complaint):
         exporter.build(exporter.day_notebooks(days(DAY_1, [cell])))
 
 
+POOL = [
+    "#| export pool\nclass Pool:\n    \"\"\"Blocks.\"\"\"\n\n"
+    "    def take(self):\n        return self.free.pop()",
+    "#| export pool\nimport torch\n\nclass Pool(Pool):\n    \"\"\"More.\"\"\"\n\n    # first in\n"
+    "    @property\n    def size(self):\n        return 1  # one\n\n\ndef helper(): pass\n\n"
+    "class Pool(Pool):\n    def give(self): pass",
+]
+
+
+def test_a_class_told_in_pieces_becomes_one(days):
+    text = exporter.build(exporter.day_notebooks(days(POOL)))["pool.py"]
+    assert text.endswith(
+        'class Pool:\n    """Blocks."""\n\n    def take(self):\n        return self.free.pop()\n\n'
+        "    # first in\n    @property\n    def size(self):\n        return 1  # one\n\n"
+        "    def give(self): pass\n\n\ndef helper(): pass\n")
+
+
+@pytest.mark.parametrize("days_of_cells, complaint", [
+    ([POOL, ["#| export pool\nclass Pool(Pool):\n    def b(self): pass"]], "no class above it"),
+    ([[*POOL, "#| export pool\nclass Pool(Pool):\n    def take(self): pass"]], "second time"),
+    ([[*POOL, "#| export pool\nclass Pool(Pool):\n    def c(self): super().c()"]], "super"),
+])
+def test_pieces_that_would_not_fit_are_refused(days, days_of_cells, complaint):
+    with pytest.raises(exporter.ExportError, match=complaint):
+        exporter.build(exporter.day_notebooks(days(*days_of_cells)))
+
+
 def test_overloads_and_late_imports_are_allowed(days):
     cell = ("#| export config\nfrom typing import overload\n@overload\ndef f(x: int): ...\n"
             "def f(x): return x\nos.environ['A'] = '1'\nimport triton  # noqa: E402")

@@ -18,7 +18,9 @@ What an author has to know:
 - A string at the very start of a module's first export cell becomes the module's docstring.
 - `#| export __init__` gives nanovllm/__init__.py its content; what it imports is what it offers.
 - An import keeps its comment. One that must stay where it is says `# noqa: E402`.
-- A name is defined once: a second definition, from whichever day, is an error.
+- A name is defined once: a second definition, from whichever day, is an error. One exception: a
+  long class may be told in pieces. `class Pool(Pool):` in a later cell of the same notebook adds
+  methods to the `Pool` above it, there as a subclass, here as one class.
 """
 
 from __future__ import annotations
@@ -319,6 +321,42 @@ def check_names(module_path: str, bodies: list[str], imports: Imports) -> None:
             defined.add(node.name)
 
 
+def is_continuation(node: ast.stmt) -> bool:
+    """Is the statement `class X(X):`, which adds methods to the X above it?"""
+    return (isinstance(node, ast.ClassDef) and len(node.bases) == 1
+            and isinstance(node.bases[0], ast.Name) and node.bases[0].id == node.name)
+
+
+def merge_continuations(module_path: str, cells: list[tuple[str, str]]) -> list[str]:
+    """Write the pieces of each class into its first one; `cells` are pairs (notebook, source)."""
+    bodies = []
+    for notebook, source in cells:
+        while node := next(filter(is_continuation, ast.parse(source).body), None):
+            where = f"{module_path}: `class {node.name}({node.name})`"
+            home = [(i, first) for i, body in enumerate(bodies) for first in ast.parse(body).body
+                    if isinstance(first, ast.ClassDef) and first.name == node.name
+                    and cells[i][0] == notebook]
+            if not home:
+                raise ExportError(f"{where} adds to no class above it in the same notebook")
+            if any(isinstance(n, ast.Name) and n.id == "super" for n in ast.walk(node)):
+                raise ExportError(f"{where} calls super(), which the merged class does not have")
+            index, first = home[0]
+            names = [n.name for n in [*first.body, *node.body] if is_definition(n)]
+            if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+                raise ExportError(f"{where} defines `{twice[0]}` a second time")
+            lines = source.splitlines()
+            methods = lines[node.lineno:node.end_lineno]
+            if is_text(node.body[0]):        # said in the notebook; the class has its docstring
+                methods = methods[node.body[0].end_lineno - node.lineno:]
+            home_lines = bodies[index].splitlines()
+            home_lines[first.end_lineno:first.end_lineno] = [
+                "", *"\n".join(methods).strip("\n").splitlines()]
+            bodies[index] = "\n".join(home_lines)
+            source = take_statement(source, node)
+        bodies.append(source.strip("\n"))
+    return bodies
+
+
 def render_all(names: list[str]) -> str:
     """The `__all__` statement, wrapped, with the comment that stops the stock exporter."""
     quoted = ", ".join(f'"{name}"' for name in names)
@@ -349,7 +387,8 @@ def tidy(module_path: str, staged: str, cells: list) -> str:
                 source = take_statement(source, node)      # they say what is public; said above
         body = take_imports(source, imports)
         if body.strip():
-            bodies.append(body)
+            bodies.append((cell.nb, body))
+    bodies = [body for body in merge_continuations(module_path, bodies) if body]
     check_names(module_path, bodies, imports)
 
     if is_init:
