@@ -1,0 +1,125 @@
+"""What all the notebooks draw with: one palette, one width, and the engine map.
+
+Figures have a light, opaque background of their own, so that they read the same on a light page
+and on a dark one.
+"""
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+
+PAPER, INK, FAINT, GRID = "#fbfaf6", "#22303c", "#8a949c", "#dcd8cd"
+BLUE, ORANGE, GREEN, RED = "#3b78b5", "#e08a2c", "#4a9a5f", "#c8504b"
+PURPLE, TEAL, PINK, GOLD = "#8565b0", "#3a9c9c", "#cf6f9b", "#c9a227"
+COLORS = [BLUE, ORANGE, GREEN, PURPLE, TEAL, PINK, GOLD, RED]  # sequences, in order
+WIDTH = 8.4  # inches: every figure is as wide as every other
+
+
+def use_style():
+    """Set matplotlib to the course's look; call it once, at the top of a notebook."""
+    plt.rcParams.update({
+        "figure.figsize": (WIDTH, 3.0), "figure.dpi": 100, "savefig.dpi": 100,
+        "figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor": PAPER,
+        "figure.constrained_layout.use": True,
+        "font.size": 9.5, "font.family": "DejaVu Sans", "text.color": INK,
+        "axes.edgecolor": FAINT, "axes.labelcolor": INK, "axes.titlesize": 10.5,
+        "axes.titlelocation": "left", "axes.titleweight": "bold",
+        "axes.spines.top": False, "axes.spines.right": False,
+        "axes.grid": False, "grid.color": GRID, "grid.linewidth": 0.8,
+        "axes.prop_cycle": plt.cycler(color=COLORS), "lines.linewidth": 1.8,
+        "xtick.color": INK, "ytick.color": INK, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5,
+        "legend.frameon": False, "legend.fontsize": 8.5, "image.cmap": "cividis",
+    })
+
+
+def canvas(height=3.0, xlim=(0, 10), ylim=(0, 10), title=None):
+    """A figure of full width with one empty axes without ticks, for drawings made of boxes."""
+    fig, ax = plt.subplots(figsize=(WIDTH, height))
+    ax.set(xlim=xlim, ylim=ylim)
+    ax.axis("off")
+    if title:
+        ax.set_title(title)
+    return fig, ax
+
+
+def tint(color, share=0.75):
+    """`color` mixed with the paper: 0 leaves it, 1 is paper."""
+    from matplotlib.colors import to_hex, to_rgb
+    return to_hex([c + (p - c) * share for c, p in zip(to_rgb(color), to_rgb(PAPER))])
+
+
+def box(ax, x, y, w, h, text="", color=BLUE, fill=None, size=9, bold=False, round=0.0, ink=None,
+        dashed=False):
+    """A box with centred text; its fill is a tint of its edge unless given."""
+    fill = tint(color) if fill is None else fill
+    style = dict(facecolor=fill, edgecolor=color, linewidth=1.2, linestyle="--" if dashed else "-")
+    if round:
+        ax.add_patch(FancyBboxPatch((x + round, y + round), w - 2 * round, h - 2 * round,
+                                    boxstyle=f"round,pad={round}", **style))
+    else:
+        ax.add_patch(Rectangle((x, y), w, h, **style))
+    if text != "":
+        ax.text(x + w / 2, y + h / 2, str(text), ha="center", va="center", fontsize=size,
+                color=ink or INK, fontweight="bold" if bold else "normal", linespacing=1.25)
+
+
+def cells(ax, x, y, values, w=1.0, h=1.0, colors=BLUE, size=8.5, label=None, ink=None):
+    """A row of boxes, one per value (None: an empty dashed one); `label` stands to its left."""
+    for i, value in enumerate(values):
+        color = colors[i] if isinstance(colors, (list, tuple)) else colors
+        empty = value is None
+        box(ax, x + i * w, y, w, h, "" if empty else value, FAINT if empty else color,
+            fill=PAPER if empty else None, size=size, dashed=empty, ink=ink)
+    if label is not None:
+        ax.text(x - 0.15 * w, y + h / 2, label, ha="right", va="center", fontsize=size)
+
+
+def arrow(ax, start, end, color=FAINT, bend=0.0, width=1.3, dashed=False, head=9):
+    """An arrow from one point to another, bent if asked."""
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=head, color=color,
+                                 linewidth=width, linestyle="--" if dashed else "-",
+                                 connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=0))
+
+
+def note(ax, x, y, text, color=INK, size=8.5, ha="left", va="center", **kwargs):
+    """A line of text at a point."""
+    ax.text(x, y, text, color=color, fontsize=size, ha=ha, va=va, **kwargs)
+
+
+# name, module, days, x, y, width
+ENGINE_MAP = [
+    ("LLM", "llm.py", (5,), 0.0, 7.6, 2.1),
+    ("LLMEngine", "engine/llm_engine.py", (5,), 2.5, 7.6, 2.9),
+    ("Config · SamplingParams", "config.py, sampling_params.py", (1,), 5.8, 7.6, 4.2),
+    ("Scheduler", "engine/scheduler.py", (4,), 0.0, 5.1, 2.9),
+    ("BlockManager", "engine/block_manager.py", (3,), 3.3, 5.1, 3.3),
+    ("Sequence", "engine/sequence.py", (1,), 7.0, 5.1, 3.0),
+    ("ModelRunner", "engine/model_runner.py", (4, 6), 0.0, 2.6, 3.3),
+    ("Context", "utils/context.py", (1,), 3.7, 2.6, 2.5),
+    ("Sampler · Detokenizer", "layers/sampler.py, utils/…", (5,), 6.6, 2.6, 3.4),
+    ("Qwen3 · Llama", "models/, layers/", (2,), 0.0, 0.1, 2.6),
+    ("Attention · KV cache", "layers/attention.py", (2, 3, 6), 3.0, 0.1, 3.0),
+    ("parallel layers", "layers/linear.py", (6,), 6.4, 0.1, 2.0),
+    ("bench.py", "", (7,), 8.8, 0.1, 1.2),
+]
+MAP_ARROWS = [
+    ((2.1, 8.4), (2.5, 8.4)), ((3.0, 7.6), (1.9, 6.7)), ((2.9, 5.9), (3.3, 5.9)),
+    ((6.6, 5.9), (7.0, 5.9)), ((1.4, 5.1), (1.4, 4.2)), ((3.3, 3.4), (3.7, 3.4)),
+    ((1.3, 2.6), (1.3, 1.7)), ((2.6, 0.9), (3.0, 0.9)), ((4.9, 2.6), (4.7, 1.7)),
+]
+
+
+def engine_map(day):
+    """The whole engine as boxes: those of `day` lit, earlier days' plain, later days' dashed."""
+    fig, ax = canvas(3.9, ylim=(-0.3, 9.6), title=f"The engine, day {day} lit")
+    for start, end in MAP_ARROWS:
+        arrow(ax, start, end)
+    for name, module, days, x, y, w in ENGINE_MAP:
+        lit, known = day in days, min(days) < day
+        color = ORANGE if lit else BLUE if known else FAINT
+        box(ax, x, y, w, 1.6, color=color, fill=tint(color, 0.55 if lit else 0.82 if known else 1),
+            dashed=not (lit or known))
+        ink = INK if lit or known else FAINT
+        note(ax, x + w / 2, y + 1.0, name, ink, 9.5, "center", fontweight="bold" if lit else None)
+        when = "day " + ", ".join(map(str, days))
+        note(ax, x + w / 2, y + 0.42, f"{module} · {when}" if module else when, ink, 7, "center")
+    plt.show()

@@ -1,0 +1,71 @@
+"""example.py, the main job, as a user starts it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanovllm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import example  # noqa: E402
+
+DATA = json.loads((ROOT / "tools" / "course_qa.json").read_text(encoding="utf-8"))
+ANSWERS = {question: entry["answer"] for entry in DATA["entries"] for question in entry["questions"]}
+
+
+def run(*args, cwd=ROOT):
+    """The finished process of `python example.py ...`."""
+    package = Path(nanovllm.__file__).parents[1]
+    return subprocess.run([sys.executable, str(ROOT / "example.py"), *args], cwd=cwd, text=True,
+                          capture_output=True, timeout=300, encoding="utf-8",
+                          env={**os.environ, "PYTHONPATH": str(package), "PYTHONUTF8": "1"})
+
+
+def test_users_share_a_prompt_and_all_get_their_answers(tmp_path):
+    done = run(cwd=tmp_path)  # from anywhere
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert example.SYSTEM_PROMPT == DATA["system_prompt"]
+    for question in example.QUESTIONS.values():
+        assert " ".join(ANSWERS[question].split()) in text, question
+    computed, cached = map(int, re.search(r"(\d+) computed, (\d+) served", text).groups())
+    assert cached > computed / 2            # the system prompt was computed once
+    assert "preemptions 0" in text and "blocks in use at the peak" in text
+    assert "prefill" in done.stderr and "decode" in done.stderr      # the progress bar
+
+
+def test_little_memory_changes_no_answer():
+    done = run("--num-kvcache-blocks", "20")
+    text = " ".join(done.stdout.split())
+    assert all(" ".join(ANSWERS[q].split()) in text for q in example.QUESTIONS.values())
+    assert int(re.search(r"preemptions (\d+)", text)[1]) > 0
+
+
+def test_prompts_of_ones_own_streamed_or_not():
+    questions = ["What is a block table?", "What is top-p?"]
+    args = [arg for question in questions for arg in ("--prompt", question)]
+    for extra in ([], ["--stream"]):
+        text = " ".join(run(*args, *extra).stdout.split())
+        assert all(" ".join(ANSWERS[question].split()) in text for question in questions)
+
+
+@pytest.mark.parametrize("args, complaint", [
+    (["--top-p", "3"], "top_p"), (["--model", "no-such-folder"], "no-such-folder"),
+    (["--device", "abacus"], "device"), (["--num-kvcache-blocks", "2"], "num_kvcache_blocks"),
+])
+def test_a_mistake_is_one_line_that_names_it(args, complaint):
+    done = run(*args)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(rf"^error: .*{complaint}", done.stderr, re.MULTILINE)
+
+
+def test_help_names_the_options():
+    text = run("--help").stdout
+    for option in ("--model", "--prompt", "--stream", "--temperature", "--top-k", "--top-p", "--seed"):
+        assert option in text
