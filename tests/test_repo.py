@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -130,6 +131,49 @@ def test_imports_run_one_way():
             assert not [name for name in imported(path) if "engine" in name.split(".")], path
 
 
+NAMES = {  # what the course promises: module, and what a reader finds in it
+    "config": "Config", "sampling_params": "SamplingParams", "llm": "LLM",
+    "engine.sequence": "Sequence SequenceStatus", "engine.block_manager": "Block BlockManager",
+    "engine.scheduler": "Scheduler", "engine.model_runner": "ModelRunner",
+    "engine.llm_engine": "LLMEngine", "layers.layernorm": "RMSNorm",
+    "layers.activation": "SiluAndMul", "layers.rotary_embedding": "apply_rotary_emb",
+    "layers.attention": "Attention store_kvcache", "layers.sampler": "Sampler",
+    "models.qwen3": "Qwen3Attention Qwen3MLP Qwen3DecoderLayer Qwen3Model Qwen3ForCausalLM",
+    "utils.context": "Context get_context set_context reset_context",
+}
+METHODS = {
+    ("engine.block_manager", "BlockManager"): "allocate append_slot free",
+    ("engine.scheduler", "Scheduler"): "add_sequence schedule postprocess",
+    ("engine.model_runner", "ModelRunner"): "allocate_kv_cache prepare_input run",
+    ("engine.llm_engine", "LLMEngine"): "add_request step is_finished abort generate stream close",
+}
+
+
+def test_what_the_course_promises_is_there():
+    modules = {name: importlib.import_module(f"nanovllm.{name}") for name in NAMES}
+    missing = [f"{module}.{name}" for module, names in NAMES.items() for name in names.split()
+               if not hasattr(modules[module], name)]
+    missing += [f"{name}.{method}" for (module, name), methods in METHODS.items()
+                for method in methods.split() if not hasattr(getattr(modules[module], name), method)]
+    assert not missing
+
+
+def test_public_definitions_have_docstrings():
+    bare = []
+    for path in MODULES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name[0] != "_":
+                bare += [] if ast.get_docstring(node) else [f"{name_of(path)}: {node.name}"]
+    assert not bare
+
+
+def test_python_3_10_can_read_it():
+    for path in repository_files():
+        if path.suffix == ".py":
+            ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+
+
 def test_wheel_holds_the_package_and_its_model(tmp_path):
     source = tmp_path / "source"
     copy_repository(source)
@@ -142,13 +186,16 @@ def test_wheel_holds_the_package_and_its_model(tmp_path):
     assert expected <= packed
     assert {name.split("/")[0] for name in packed if ".dist-info/" not in name} == {"nanovllm"}
 
-    # Unpacked by itself, far from the repository, it imports and finds its data.
+    # Unpacked by itself, far from the repository, it imports and answers with its own model.
     zipfile.ZipFile(wheel).extractall(tmp_path / "alone")
-    code = "import nanovllm; print(nanovllm.__file__)"
+    code = ("import nanovllm; print(nanovllm.__file__); llm = nanovllm.LLM(); params = "
+            "nanovllm.SamplingParams(temperature=0); "
+            "print(llm.generate('What is RoPE?\\n', params, use_tqdm=False)[0]['text'])")
     env = dict(os.environ, PYTHONPATH=str(tmp_path / "alone"))
     shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, check=True,
                            capture_output=True, text=True).stdout
-    assert Path(shown.strip()).is_relative_to(tmp_path / "alone")
+    assert Path(shown.splitlines()[0]).is_relative_to(tmp_path / "alone")
+    assert "rotat" in shown
 
 
 # -----------------------------------------------------------------------------------------------
