@@ -29,9 +29,9 @@ setup(
     license_files=["LICENSE"],
     keywords=settings["keywords"].split(),
     python_requires=f">={settings['min_python']}",
-    # Said outright, it makes an editable install a plain entry in sys.path. Otherwise setuptools adds
-    # an import hook, which finds the modules of the repository inside any other copy of the package
-    # too, and tools/check_days.py would not see that a day imports a later one.
+    # Said outright, it makes an editable install a plain entry in sys.path. Otherwise setuptools
+    # adds an import hook, which finds the modules of the repository inside any other copy of the
+    # package too, and tools/check_days.py would not see that a day imports a later one.
     package_dir={"": "."},
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
     # The bundled checkpoint is data of the package, not a package of its own.

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT))
 import example  # noqa: E402
 
 DATA = json.loads((ROOT / "tools" / "course_qa.json").read_text(encoding="utf-8"))
-ANSWERS = {question: entry["answer"] for entry in DATA["entries"] for question in entry["questions"]}
+ANSWERS = {question: entry["answer"] for entry in DATA["entries"]
+           for question in entry["questions"]}
 
 
 def run(*args, cwd=ROOT):
@@ -67,5 +68,6 @@ def test_a_mistake_is_one_line_that_names_it(args, complaint):
 
 def test_help_names_the_options():
     text = run("--help").stdout
-    for option in ("--model", "--prompt", "--stream", "--temperature", "--top-k", "--top-p", "--seed"):
+    for option in ("--model", "--prompt", "--stream", "--temperature", "--top-k", "--top-p",
+                   "--seed"):
         assert option in text

@@ -154,7 +154,8 @@ def test_what_the_course_promises_is_there():
     missing = [f"{module}.{name}" for module, names in NAMES.items() for name in names.split()
                if not hasattr(modules[module], name)]
     missing += [f"{name}.{method}" for (module, name), methods in METHODS.items()
-                for method in methods.split() if not hasattr(getattr(modules[module], name), method)]
+                for method in methods.split()
+                if not hasattr(getattr(modules[module], name), method)]
     assert not missing
 
 

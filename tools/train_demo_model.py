@@ -152,7 +152,8 @@ REWRITES = [
         ["Tell me why {}?", "For what reason {}?", "What is the reason {}?", "{}: why?"],
     ),
 ]
-PREFIXES = ["please explain: ", "Hi! ", "Quick question: ", "In short: ", "Please tell me: ", "So, "]
+PREFIXES = ["please explain: ", "Hi! ", "Quick question: ", "In short: ", "Please tell me: ",
+            "So, "]
 SUFFIXES = [" please", " Thanks!", " Answer briefly.", " (in a sentence)"]
 # Words that may be dropped without changing what is asked.
 SMALL_WORDS = set(

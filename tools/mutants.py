@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Break the package on purpose, one line at a time, and see that the tests notice.
+
+    python tools/mutants.py                  all the mutants
+    python tools/mutants.py --only rope      those whose name holds a word
+
+Each mutant is a copy of nanovllm/ with one change. The tests of tests/ that compare tokens and
+logits with transformers, and those for bad input, run on it and must fail. One that survives means
+that a bug of its kind would go unnoticed. It takes about ten minutes, so it is no part of test.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# name, module, what stands there, what takes its place
+MUTANTS = [
+    ("norm eps ignored", "layers/layernorm.py", "keepdim=True) + self.eps", "keepdim=True) + .01"),
+    ("norm weight before the cast", "layers/layernorm.py", "return self.weight * wide.to(x.dtype)",
+     "return (self.weight * wide).to(x.dtype)"),
+    ("gate and up swapped", "layers/activation.py", "gate, up = x", "up, gate = x"),
+    ("rope interleaved", "layers/rotary_embedding.py", "x1, x2 = x.chunk(2, dim=-1)",
+     "x1, x2 = x[..., ::2], x[..., 1::2]"),
+    ("rope theta fixed", "layers/rotary_embedding.py", 'rope["rope_theta"] **', "10_000.0 **"),
+    ("llama3 rope scaling ignored", "layers/rotary_embedding.py",
+     '"llama3": llama3_inv_freq', '"llama3": default_inv_freq'),
+    ("linear rope scaling ignored", "layers/rotary_embedding.py",
+     '"linear": linear_inv_freq', '"linear": default_inv_freq'),
+    ("head_dim guessed", "models/qwen3.py", 'getattr(config, "head_dim", None) or ', ""),
+    ("q norm left out", "models/qwen3.py", "self.q_norm(q), self.k_norm(k)", "q, self.k_norm(k)"),
+    ("q and k norm swapped", "models/qwen3.py", "self.q_norm(q), self.k_norm(k)",
+     "self.k_norm(q), self.q_norm(k)"),
+    ("attention bias left out", "models/qwen3.py", 'getattr(config, "attention_bias", False)',
+     "False"),
+    ("attention scale", "layers/attention.py", "head_dim ** -0.5", "(head_dim + 1) ** -0.5"),
+    ("causal mask top left", "layers/attention.py", ".tril(context_len - n)", ".tril()"),
+    ("decode sees one key too many", "layers/attention.py", "device=q.device) < lens",
+     "device=q.device) <= lens"),
+    ("values stored as keys", "layers/attention.py", "[slot_mapping] = v", "[slot_mapping] = k"),
+    ("the last token is matched too", "engine/block_manager.py",
+     "range((len(seq) - 1) // self.block_size)", "range(len(seq) // self.block_size)"),
+    ("digest without its parent", "engine/block_manager.py",
+     'parent = digests[-1] if digests else b""', 'parent = b""'),
+    ("evicted block stays in the map", "engine/block_manager.py",
+     "del self.cached_blocks[block.hash]", "pass"),
+    ("revived blocks not counted", "engine/block_manager.py",
+     "if num_new + num_revived > self", "if num_new > self"),
+    ("partial blocks announced", "engine/block_manager.py",
+     "last = (seq.num_computed_tokens + num_new_tokens) // self.block_size",
+     "last = self.blocks_for(seq.num_computed_tokens + num_new_tokens)"),
+    ("pending survives a failed step", "engine/scheduler.py",
+     "self.block_manager.discard_pending()", "self.block_manager.publish()"),
+    ("chunk samples too", "engine/scheduler.py", "samples=n == seq.num_uncomputed_tokens",
+     "samples=True"),
+    ("preempted sequence keeps its count", "engine/block_manager.py",
+     "        seq.num_computed_tokens = 0\n", ""),
+    ("blocks of the finished not freed", "engine/scheduler.py",
+     "        self.block_manager.free(seq)\n        seq.finish(reason)",
+     "        seq.finish(reason)"),
+    ("decode positions off by one", "engine/model_runner.py", "positions += range(start, end)",
+     "positions += range(start + (end == start + 1), end + (end == start + 1))"),
+    ("key length of the whole prompt", "engine/model_runner.py", "lens.append(end)",
+     "lens.append(len(seq))"),
+    ("first row's logits", "engine/model_runner.py", "hidden[last[samples]]",
+     "hidden[last[:len(samples)]]"),
+    ("failed step not rolled back", "engine/llm_engine.py", "self.scheduler.rollback()", "pass"),
+    ("failed generate leaves requests", "engine/llm_engine.py",
+     "            for request_id in ids:\n                self.abort(request_id)",
+     "            pass"),
+    ("fused tensors in the wrong rows", "utils/loader.py", "start += rows", "start += 0"),
+    ("missing tensors accepted", "utils/loader.py", "sorted(set(targets) - seen)", "[]"),
+    ("left-over tensors accepted", "utils/loader.py", "left_over.append(name)", "pass"),
+]
+
+
+def survives(module: str, before: str, after: str) -> bool:
+    """Whether the tests pass on a package with this change."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "nanovllm"
+        shutil.copytree(ROOT / "nanovllm", package)
+        file = package / module
+        text = file.read_text(encoding="utf-8")
+        if text.count(before) != 1:
+            raise SystemExit(f"{module} holds {text.count(before)} times: {before!r}")
+        file.write_text(text.replace(before, after), encoding="utf-8")
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("parity", "bad_input")]
+        # not `python -m pytest`: that would put the working folder in front of the mutant
+        command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
+                   "-x", "-q", "-p", "no:cacheprovider", *tests]
+        env = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True,
+                                  timeout=300)
+        except subprocess.TimeoutExpired:      # an engine that never comes to an end: noticed
+            return False
+        if done.returncode not in (0, 1):
+            raise SystemExit(done.stdout + done.stderr)
+        return done.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="WORD", help="mutants whose name holds it")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if args.only in mutant[0]]
+    if not chosen:
+        parser.error(f"no mutant's name holds {args.only!r}")
+    survivors = []
+    for number, (name, *change) in enumerate(chosen, 1):
+        print(f"[{number}/{len(chosen)}] {name} … ", end="", flush=True)
+        start = time.perf_counter()
+        if survives(*change):
+            survivors.append(name)
+        print("SURVIVES" if name in survivors else "noticed",
+              f"({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed"
+          + (f"; survivors: {', '.join(survivors)}" if survivors else ""))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
