@@ -176,10 +176,27 @@ def test_a_failing_step_is_rolled_back(at, error, llm, good, monkeypatch):
     other = llm.add_request(good[1], GREEDY)
     with pytest.raises(error):
         llm.generate([good[1][:5], good[1]], GREEDY, use_tqdm=False)
+    assert list(llm.requests) == [other]
     done = []
     while not llm.is_finished():  # what was queued before goes on as if nothing had happened
         done += [out.output for out in llm.step() if out.output]
     assert [(out["request_id"], out["token_ids"]) for out in done] == [(other, good[2])]
+    is_right(llm, good)
+
+
+def test_nobody_shares_what_a_failed_step_was_to_write(llm, good, monkeypatch):
+    """The second prompt found the blocks of the first in the step that failed."""
+    run = llm.runner.run
+    monkeypatch.setattr(llm.runner, "run", lambda batch: 1 / 0)
+    first, second = (llm.add_request(good[1], GREEDY) for _ in range(2))
+    with pytest.raises(ZeroDivisionError):
+        llm.step()
+    monkeypatch.setattr(llm.runner, "run", run)
+    llm.abort(first)
+    done = []
+    while not llm.is_finished():
+        done += [out.output for out in llm.step() if out.output]
+    assert [(out["request_id"], out["token_ids"]) for out in done] == [(second, good[2])]
     is_right(llm, good)
 
 
