@@ -80,10 +80,9 @@ class SDPABackend(AttentionBackend):
         k, v = layer.k_cache[tables].flatten(1, 2), layer.v_cache[tables].flatten(1, 2)
         lens = context.context_lens[:len(q), None]                        # [R, 1]
         mask = torch.arange(k.shape[1], device=q.device) < lens           # [R, L]
-        o = F.scaled_dot_product_attention(
-            q.unsqueeze(2), k.transpose(1, 2),
-                                           v.transpose(1, 2),         # [R, H, 1, D], [R, Hkv, L, D]
-            attn_mask=mask[:, None, None], scale=layer.scale, enable_gqa=True)
+        q, k, v = q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2)    # [R, H or Hkv, 1 or L, D]
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None],
+                                           scale=layer.scale, enable_gqa=True)
         return o.squeeze(2)
 
     def prefill(self, layer: "Attention", q: torch.Tensor, block_table: torch.Tensor,
