@@ -130,6 +130,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                           'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ModelRunner.run': ( 'scheduler.html#modelrunner.run',
                                                                                                 'nanovllm/engine/model_runner.py'),
+                                              'nanovllm.engine.model_runner.get_runner_class': ( 'scheduler.html#get_runner_class',
+                                                                                                 'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.resolve_device': ( 'scheduler.html#resolve_device',
                                                                                                'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.resolve_dtype': ( 'scheduler.html#resolve_dtype',

@@ -91,8 +91,8 @@ def test_missing_folder(tmp_path):
     ("num_kvcache_blocks", 1.5), ("kvcache_block_size", 0), ("kvcache_block_size", "4"),
     ("dtype", "fp32"), ("dtype", "int8"), ("dtype", None), ("device", "gpu"), ("device", "meta"),
     ("device", None), ("attention_backend", "nope"), ("load_format", "gguf"),
-    ("max_model_len", 0), ("max_num_batched_tokens", 0), ("max_num_seqs", "a"),
-    ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
+    ("tensor_parallel_size", 2), ("max_model_len", 0), ("max_num_batched_tokens", 0),
+    ("max_num_seqs", "a"), ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
 def test_bad_setting(name, value, good):
     with pytest.raises(ValueError, match=name):
         LLM(good[0], **{**SMALL, name: value})
@@ -145,6 +145,7 @@ def test_empty_text():
     ([[1]], {"temperature": 0}, TypeError, "sampling_params must be"),
     ([[1]], 0.5, TypeError, "sampling_params must be"),
     ([[1]], [{"temperature": 0}], TypeError, "must be SamplingParams"),
+    ([1, 2], GREEDY, TypeError, "bare token id"),
     (None, GREEDY, TypeError, "prompts must be"), (5, GREEDY, TypeError, "prompts must be")])
 def test_bad_call(prompts, params, error, complaint, llm, good):
     with pytest.raises(error, match=complaint):

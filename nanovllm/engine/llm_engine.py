@@ -21,7 +21,7 @@ from ..layers.sampler import Sampler
 from ..sampling_params import SamplingParams
 from ..utils.detokenizer import Detokenizer
 from .block_manager import BlockManager
-from .model_runner import ModelRunner
+from .model_runner import get_runner_class
 from .scheduler import ScheduledRow, Scheduler
 from .sequence import Sequence, SequenceStatus
 
@@ -110,7 +110,7 @@ class LLMEngine:
         _check_names(settings)
         self.config = Config(model, **settings)
         self.tokenizer = load_tokenizer(self.config.model)
-        self.runner = ModelRunner(self.config)
+        self.runner = get_runner_class(self.config)(self.config)
         self.block_manager = BlockManager(self.runner.num_blocks, self.runner.block_size,
                                           self.config.enable_prefix_caching)
         self.scheduler = Scheduler(self.block_manager, self.config.max_num_batched_tokens,
@@ -279,6 +279,9 @@ class LLMEngine:
         if not isinstance(prompts, (list, tuple)):
             raise TypeError("prompts must be a string or a list of prompts, "
                             f"got {type(prompts).__name__}")
+        if any(isinstance(prompt, int) for prompt in prompts):
+            raise TypeError("prompts holds a bare token id; a prompt is a list of them, so one "
+                            "prompt is [[1, 2, 3]]")
         requests = [self._make_request(prompt, params, is_private=True) for prompt, params
                     in zip(prompts, self._params_for_each(prompts, sampling_params))]
         ids = [self._add(request) for request in requests]
