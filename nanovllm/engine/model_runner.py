@@ -63,13 +63,18 @@ class ModelRunner:
         self.model = self._make_model()
         self.allocate_kv_cache()
 
+    def _empty_model(self) -> torch.nn.Module:
+        """The model on the device, its weights not yet filled in."""
+        hf_config = self.config.hf_config
+        with torch.device(self.device):
+            return get_model_class(hf_config)(hf_config).to(self.device)  # tables come from the CPU
+
     def _make_model(self) -> torch.nn.Module:
         """The model with its weights, on the device."""
-        hf_config, before = self.config.hf_config, torch.get_default_dtype()
+        before = torch.get_default_dtype()
         torch.set_default_dtype(self.dtype)
         try:
-            with torch.device(self.device):
-                model = get_model_class(hf_config)(hf_config)
+            model = self._empty_model()
         finally:
             torch.set_default_dtype(before)
         if self.config.load_format == "dummy":
@@ -164,14 +169,18 @@ class ModelRunner:
             num_decode_rows=next((i for i, n in enumerate(counts) if n > 1), len(counts)))
 
     @torch.inference_mode()
+    def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+                samples: list[int]) -> torch.Tensor:
+        """Forward pass of a packed batch: the logits [S, vocab] of the rows in `samples`."""
+        with use_context(context):
+            hidden = self.model(input_ids, positions)  # [T, hidden]
+        last = context.cu_seqlens_q[1:].long() - 1     # each row's last new token
+        return self.model.compute_logits(hidden[last[samples]])
+
     def run(self, batch: list[ScheduledRow]) -> torch.Tensor:
         """One step: the logits [S, vocab] of the S rows that sample, in the order of the batch."""
-        input_ids, positions, context = self.prepare_input(batch)
-        with use_context(context):
-            hidden = self.model(input_ids, positions)                # [T, hidden]
-        last = context.cu_seqlens_q[1:].long() - 1                   # each row's last new token
         samples = [i for i, row in enumerate(batch) if row.samples]  # others are not due yet
-        return self.model.compute_logits(hidden[last[samples]])
+        return self.execute(*self.prepare_input(batch), samples)
 
 
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices

@@ -57,7 +57,9 @@ class RotaryEmbedding(nn.Module):
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_type {kind!r} of config.json is not supported, "
                              f"only {sorted(ROPE_TYPES)}")
-        angles = torch.outer(torch.arange(max_position).float(), ROPE_TYPES[kind](head_dim, rope))
+        with torch.device("cpu"):  # the same table for every device, which the model then moves to
+            inv_freq = ROPE_TYPES[kind](head_dim, rope)
+            angles = torch.outer(torch.arange(max_position).float(), inv_freq)
         # [max_position, 2, D/2]; not in the checkpoint, hence not persistent
         table = torch.stack((angles.cos(), angles.sin()), 1)
         self.register_buffer("cos_sin", table, persistent=False)
