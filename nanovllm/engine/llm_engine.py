@@ -347,6 +347,7 @@ class LLMEngine:
             self._is_closed = True
             self.requests.clear()
             self._unclaimed.clear()
+            self.runner.close()
             del self.runner
 
     def __enter__(self):
