@@ -99,3 +99,56 @@ def test_the_parent_ends(how):
     while psutil.pid_exists(int(pid)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(int(pid))
+
+
+SAME_SCRIPT = """
+from nanovllm import LLM, SamplingParams
+with LLM({folder!r}, tensor_parallel_size=4, device="cpu", num_kvcache_blocks=64) as llm:
+    outs = llm.generate({prompts!r}, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+print("TOKENS", [out["token_ids"] for out in outs])
+"""
+
+
+@pytest.fixture
+def two_hosts():
+    """Two network namespaces with a cable between them: prefixes of commands that run there."""
+    names, cable = ([f"{kind}{os.getpid()}{end}" for end in "ab"] for kind in ("nanovllm", "nv"))
+    ip = lambda *words: subprocess.run(["ip", *words], check=True, capture_output=True)
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs root and `ip netns`")
+    try:
+        ip("link", "add", cable[0], "netns", names[0], "type", "veth",
+           "peer", "name", cable[1], "netns", names[1])
+        for i, (name, end) in enumerate(zip(names, cable)):
+            ip("-n", name, "addr", "add", f"10.77.0.{i + 1}/24", "dev", end)
+            for device in (end, "lo"):
+                ip("-n", name, "link", "set", device, "up")
+        yield [(["ip", "netns", "exec", name], end) for name, end in zip(names, cable)]
+    finally:
+        for name in names:
+            ip("netns", "delete", name)
+
+
+def test_two_hosts(two_hosts, tmp_path):
+    """torchrun on two hosts with two ranks each: the same script, the same tokens."""
+    folder, model = make_checkpoint(folder=tmp_path / "model", num_attention_heads=4)
+    prompts = random_prompts([9, 4, 17])
+    script = tmp_path / "script.py"
+    script.write_text(SAME_SCRIPT.format(folder=str(folder), prompts=prompts))
+    runs = [subprocess.Popen(
+        [*prefix, sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2",
+         f"--node-rank={rank}", "--master-addr=10.77.0.1", "--master-port=29577", str(script)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "GLOO_SOCKET_IFNAME": interface})
+        for rank, (prefix, interface) in enumerate(two_hosts)]
+    try:
+        results = [run.communicate(timeout=120) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    assert [run.returncode for run in runs] == [0, 0], results
+    lines = [line for out, _ in results for line in out.splitlines() if line.startswith("TOKENS")]
+    assert lines == [f"TOKENS {[hf_generate(model, p, NEW) for p in prompts]}"], results

@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
+import torch.distributed as dist
 
 from ..config import Config
 from ..layers.attention import Attention, get_attention_backend
 from ..layers.linear import check_tensor_parallel_size, parallelize
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
-from ..utils.distributed import TensorParallelGroup, WorkerProcesses
+from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
 from ..utils.loader import init_dummy_weights, load_model
 from .scheduler import ScheduledRow
 
@@ -247,7 +248,7 @@ class ParallelModelRunner(ModelRunner):
     def serve(self) -> None:
         """On the ranks above 0: run what rank 0 says, until it says nothing."""
         while len(packed := self.group.broadcast()):
-            self.execute(*unpack_step(packed, self.device))
+            ParallelModelRunner.execute(self, *unpack_step(packed, self.device))
 
 
 def rank_device(name: str, rank: int) -> str:
@@ -278,12 +279,19 @@ class TensorParallelRunner(ParallelModelRunner):
     def __init__(self, config: Config):
         size = config.tensor_parallel_size
         check_tensor_parallel_size(config.hf_config, size)
-        device = resolve_device(config.device)
-        if device.type == "cuda" and torch.cuda.device_count() < size:
+        device, launched = resolve_device(config.device), torchrun_launched(size)
+        if device.type == "cuda" and not launched and torch.cuda.device_count() < size:
             raise ValueError(f"tensor_parallel_size={size}, and this machine has "
                              f"{torch.cuda.device_count()} GPU(s); use fewer, or device='cpu'")
+        if launched:
+            self._join_torchrun(config, size, device)
+        else:
+            self._start_workers(config, size, device)
+
+    def _start_workers(self, config: Config, size: int, device: torch.device) -> None:
+        """The other ranks as processes of this host."""
         settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
-        self.workers = WorkerProcesses(settings, size)
+        self.workers = WorkerProcesses(open_store(), settings, range(1, size))
         try:
             self.workers.wait_until_ready()
             with self._blame_workers():
@@ -292,6 +300,19 @@ class TensorParallelRunner(ParallelModelRunner):
         except BaseException:
             self.workers.stop()
             raise
+
+    def _join_torchrun(self, config: Config, size: int, device: torch.device) -> None:
+        """This process is one of torchrun's: rank 0 goes on, another serves until that is done."""
+        store, rank, _ = next(dist.rendezvous("env://"))
+        self.workers = WorkerProcesses(store, {}, range(0))  # torchrun looks after them
+        config = dataclasses.replace(
+            config, device=rank_device(device.type, int(os.environ["LOCAL_RANK"])))
+        group = TensorParallelGroup(store, rank, size, torch.device(config.device), one_host=False)
+        super().__init__(config, group)
+        if rank > 0:
+            self.serve()
+            group.close()
+            raise SystemExit
 
     @contextmanager
     def _blame_workers(self):
@@ -311,8 +332,13 @@ class TensorParallelRunner(ParallelModelRunner):
             return super().execute(input_ids, positions, context, samples)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers: with an empty step, which is the last, where they still listen."""
+        try:
+            self.group.broadcast(torch.empty(0, dtype=torch.int64))
+        except RuntimeError:
+            pass  # a worker is gone already
         self.workers.stop()
+        self.group.close()
 
 
 RUNNERS["parallel"] = TensorParallelRunner

@@ -36,3 +36,4 @@ def run_worker(port: int, rank: int) -> None:
     store.set(f"ready/{rank}", "yes")
     group = TensorParallelGroup(store, rank, size, device)
     ParallelModelRunner(dataclasses.replace(config, device=str(device)), group).serve()
+    group.close()
