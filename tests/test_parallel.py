@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from fixtures import hf_generate, make_checkpoint, random_prompts
 
 from nanovllm import LLM, SamplingParams
@@ -69,6 +70,17 @@ def test_two_engines_and_a_dead_worker():
         again = one.generate("What is a block table?", GREEDY, use_tqdm=False)
         assert [o["token_ids"] for o in again] == [o["token_ids"] for o in right]
         two.close()
+    assert not children()
+
+
+def test_a_worker_ends_by_itself():
+    """With the parent's pipe still open; a thread that waits on it must not abort the exit."""
+    for _ in range(3):
+        llm = LLM(tensor_parallel_size=2, device="cpu", num_kvcache_blocks=16)
+        worker, = llm.runner.workers.processes.values()
+        llm.runner.group.broadcast(torch.empty(0, dtype=torch.int64))  # the last step
+        assert worker.wait(20) == 0
+        llm.close()
     assert not children()
 
 

@@ -7,7 +7,6 @@ __all__ = ["run_worker"]  # nbdev_export = STOP: run `python tools/export.py` in
 import dataclasses
 import json
 import os
-import sys
 import threading
 
 import torch
@@ -19,7 +18,7 @@ from .model_runner import ParallelModelRunner, rank_device, resolve_device
 
 def _leave_with_parent() -> None:
     """Wait for the end of stdin, which is the end of the parent; then end at once."""
-    sys.stdin.buffer.read()
+    os.read(0, 1)  # a thread inside sys.stdin.read() aborts an interpreter that ends (exit code -6)
     os._exit(0)
 
 
