@@ -132,6 +132,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                   'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ModelRunner.execute': ( 'scheduler.html#modelrunner.execute',
                                                                                                     'nanovllm/engine/model_runner.py'),
+                                              'nanovllm.engine.model_runner.ModelRunner.forward': ( 'scheduler.html#modelrunner.forward',
+                                                                                                    'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ModelRunner.prepare_input': ( 'scheduler.html#modelrunner.prepare_input',
                                                                                                           'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ModelRunner.run': ( 'scheduler.html#modelrunner.run',

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from ..config import Config
 from ..layers.attention import Attention, get_attention_backend
 from ..layers.linear import check_tensor_parallel_size, parallelize
+from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
 from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
@@ -63,7 +64,8 @@ class ModelRunner:
         self.config = config
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, config.hf_config)
-        self.backend = get_attention_backend(config.attention_backend, self.device)
+        self.backend = get_attention_backend(config.attention_backend, self.device, self.dtype,
+                                             head_dim_of(config.hf_config))
         self.block_size = config.kvcache_block_size or self.backend.default_block_size
         self.backend.check_block_size(self.block_size)
         self.free_at_start = self._free_memory()
@@ -154,7 +156,7 @@ class ModelRunner:
                                                                 Context]:
         """Pack the new tokens of R rows behind one another: input_ids [T], positions [T], context.
 
-        Rows with one new token must lead, as the scheduler has them.
+        All on the CPU. Rows with one new token must lead, as the scheduler has them.
         """
         input_ids, positions, slots, starts, lens = [], [], [], [0], []
         for row in batch:
@@ -168,19 +170,25 @@ class ModelRunner:
         counts = [row.num_new_tokens for row in batch]
         width = max(len(row.seq.block_table) for row in batch)
         tables = [row.seq.block_table + [0] * (width - len(row.seq.block_table)) for row in batch]
-        as_int32 = partial(torch.tensor, dtype=torch.int32, device=self.device)
-        as_int64 = partial(torch.tensor, dtype=torch.int64, device=self.device)
+        as_int32, as_int64 = (partial(torch.tensor, dtype=t) for t in (torch.int32, torch.int64))
         return as_int64(input_ids), as_int64(positions), Context(
             cu_seqlens_q=as_int32(starts), max_seqlen_q=max(counts), context_lens=as_int32(lens),
             max_context_len=max(lens), slot_mapping=as_int64(slots), block_tables=as_int32(tables),
             num_decode_rows=next((i for i, n in enumerate(counts) if n > 1), len(counts)))
 
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor,
+                context: Context) -> torch.Tensor:
+        """Move a packed batch to the device and run the model: hidden states [T, hidden]."""
+        move = partial(torch.Tensor.to, device=self.device, non_blocking=True)
+        there = {k: move(v) if torch.is_tensor(v) else v for k, v in vars(context).items()}
+        with use_context(Context(**there)):
+            return self.model(move(input_ids), move(positions))
+
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
                 samples: list[int]) -> torch.Tensor:
-        """Forward pass of a packed batch: the logits [S, vocab] of the rows in `samples`."""
-        with use_context(context):
-            hidden = self.model(input_ids, positions)  # [T, hidden]
+        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
+        hidden = self.forward(input_ids, positions, context)
         last = context.cu_seqlens_q[1:].long() - 1     # each row's last new token
         return self.model.compute_logits(hidden[last[samples]])
 
@@ -207,21 +215,21 @@ def get_runner_class(config: Config) -> type[ModelRunner]:
 
 def pack_step(input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
               samples: list[int]) -> torch.Tensor:
-    """A step as one int64 tensor on the CPU: six sizes, then the contents."""
+    """A step, its tensors on the CPU, as one int64 tensor: six sizes, then the contents."""
     tables = context.block_tables
     parts = [torch.tensor([len(input_ids), *tables.shape, context.max_seqlen_q,
                            context.max_context_len, context.num_decode_rows]),
              input_ids, positions, context.slot_mapping, context.cu_seqlens_q,
              context.context_lens, tables.flatten(), torch.tensor(samples, dtype=torch.int64)]
-    return torch.cat([part.cpu().long() for part in parts])
+    return torch.cat([part.long() for part in parts])
 
 
-def unpack_step(packed: torch.Tensor, device: torch.device) -> tuple:
-    """The arguments of pack_step, tensors on `device`."""
+def unpack_step(packed: torch.Tensor) -> tuple:
+    """The arguments of pack_step."""
     tokens, rows, width, max_seqlen_q, max_context_len, num_decode_rows = packed[:6].tolist()
     sizes = [tokens, tokens, tokens, rows + 1, rows, rows * width]
     *parts, samples = packed[6:].split([*sizes, len(packed) - 6 - sum(sizes)])
-    input_ids, positions, slots, starts, lens, tables = (part.to(device) for part in parts)
+    input_ids, positions, slots, starts, lens, tables = parts
     return input_ids, positions, Context(
         cu_seqlens_q=starts.int(), max_seqlen_q=max_seqlen_q, context_lens=lens.int(),
         max_context_len=max_context_len, slot_mapping=slots,
@@ -248,7 +256,7 @@ class ParallelModelRunner(ModelRunner):
     def serve(self) -> None:
         """On the ranks above 0: run what rank 0 says, until it says nothing."""
         while len(packed := self.group.broadcast()):
-            ParallelModelRunner.execute(self, *unpack_step(packed, self.device))
+            ParallelModelRunner.execute(self, *unpack_step(packed))
 
 
 def rank_device(name: str, rank: int) -> str:

@@ -18,7 +18,7 @@ from .model_runner import ParallelModelRunner, rank_device, resolve_device
 
 def _leave_with_parent() -> None:
     """Wait for the end of stdin, which is the end of the parent; then end at once."""
-    os.read(0, 1)  # a thread inside sys.stdin.read() aborts an interpreter that ends (exit code -6)
+    os.read(0, 1)
     os._exit(0)
 
 
@@ -36,3 +36,4 @@ def run_worker(port: int, rank: int) -> None:
     group = TensorParallelGroup(store, rank, size, device)
     ParallelModelRunner(dataclasses.replace(config, device=str(device)), group).serve()
     group.close()
+    os._exit(0)  # nothing is left to do; an interpreter that ends beside C++ threads may abort
