@@ -19,7 +19,7 @@ class Context:
     max_seqlen_q: int                           # the longest row; 1 means decode rows alone
     context_lens: torch.Tensor | None = None    # [R] int32, keys a row sees after this step
     max_context_len: int = 0                    # the largest of them
-    slot_mapping: torch.Tensor | None = None    # [T] int64, where each token's key and value go
+    slot_mapping: torch.Tensor | None = None    # [T] int32, where each token's key and value go
     block_tables: torch.Tensor | None = None    # [R, W] int32, padded with 0
     num_decode_rows: int = 0                    # leading rows with one new token
 

@@ -70,11 +70,11 @@ class TensorParallelGroup:
         return parts
 
     def broadcast(self, ints: torch.Tensor | None = None) -> torch.Tensor:
-        """Rank 0's int64 tensor [N] on the CPU, on every rank; the others pass nothing."""
+        """Rank 0's int32 tensor [N] on the CPU, on every rank; the others pass nothing."""
         length = torch.tensor([0 if ints is None else len(ints)])
         self.control.broadcast(length, 0).wait()
         if ints is None:
-            ints = torch.empty(int(length), dtype=torch.int64)
+            ints = torch.empty(int(length), dtype=torch.int32)
         if len(ints):
             self.control.broadcast(ints, 0).wait()
         return ints
