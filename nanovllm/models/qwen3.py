@@ -24,6 +24,7 @@ def head_dim_of(config) -> int:
 class Qwen3Attention(nn.Module):
     """Self-attention: fused q, k, v; a norm per head on q and k; RoPE; grouped queries."""
     qk_norm = True
+    qkv_bias = False  # True: q, k and v have a bias whatever config.json says
 
     def __init__(self, config, rotary_emb: RotaryEmbedding):
         super().__init__()
@@ -31,7 +32,8 @@ class Qwen3Attention(nn.Module):
         self.head_dim = head_dim_of(config)
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         bias = getattr(config, "attention_bias", False)
-        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size, bias=bias)
+        self.qkv_proj = nn.Linear(config.hidden_size, q_size + 2 * kv_size,
+                                  bias=bias or self.qkv_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=bias)
         # which rows of qkv_proj the checkpoint stores under which name
         self.fused = {"qkv_proj": {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}}
@@ -54,9 +56,9 @@ class Qwen3Attention(nn.Module):
 class Qwen3MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)), gate and up in one matrix."""
 
-    def __init__(self, config):
+    def __init__(self, config, intermediate_size: int | None = None):
         super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
+        hidden, inner = config.hidden_size, intermediate_size or config.intermediate_size
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)
         self.down_proj = nn.Linear(inner, hidden, bias=bias)
@@ -72,12 +74,16 @@ class Qwen3DecoderLayer(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
     attention_class = Qwen3Attention
 
-    def __init__(self, config, rotary_emb: RotaryEmbedding):
+    def __init__(self, config, rotary_emb: RotaryEmbedding, index: int):
         super().__init__()
         self.self_attn = self.attention_class(config, rotary_emb)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = self.make_mlp(config, index)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def make_mlp(self, config, index: int) -> nn.Module:
+        """The MLP of layer number `index`; here all layers have the same kind."""
+        return Qwen3MLP(config)
 
     def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """positions [T], x [T, hidden] -> [T, hidden]."""
@@ -94,8 +100,8 @@ class Qwen3Model(nn.Module):
         rotary_emb = RotaryEmbedding(head_dim_of(config), config.max_position_embeddings,
                                      config.rope_parameters)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(self.layer_class(config, rotary_emb)
-                                    for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, rotary_emb, index)
+                                    for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
