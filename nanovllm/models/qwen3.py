@@ -130,8 +130,10 @@ class Qwen3ForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        tied = config.tie_word_embeddings  # then the head has no memory of its own, not even now
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False,
+                                 device="meta" if tied else None)
+        if tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
