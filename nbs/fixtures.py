@@ -34,12 +34,23 @@ def randomize(model, seed=0):
     return model.eval()
 
 
+FAMILIES = {"qwen3": "Qwen3", "llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral",
+            "qwen3_moe": "Qwen3Moe"}
+EXTRA = {  # what only some families' configs know
+    "mistral": dict(sliding_window=None),
+    "qwen3_moe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                      norm_topk_prob=True),
+}
+
+
 def make_hf_model(family="qwen3", seed=0, **shape):
     """A small random transformers model, fp32; `shape` overrides parts of SHAPE."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    configs = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = configs[family]
-    config = config_class(**{**SHAPE, "dtype": "float32", **shape})
+    import transformers
+    config_class = getattr(transformers, FAMILIES[family] + "Config")
+    model_class = getattr(transformers, FAMILIES[family] + "ForCausalLM")
+    settings = {**SHAPE, **EXTRA.get(family, {}), "dtype": "float32", **shape}
+    settings["rope_parameters"] = dict(settings["rope_parameters"])  # transformers writes into it
+    config = config_class(**settings)
     model = randomize(model_class(config), seed)
     model.generation_config.eos_token_id = None  # nothing ends early: every token is compared
     return model

@@ -16,6 +16,7 @@ import signal
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -193,18 +194,30 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
                 samples: list[int]) -> torch.Tensor:
-        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
-        hidden = self.forward(input_ids, positions, context)
-        last = context.cu_seqlens_q[1:].long() - 1     # each row's last new token
-        return self.model.compute_logits(hidden[last[samples]])
+        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it.
+
+        Without tokens: logits of other tokens of the step before.
+        """
+        if len(input_ids):
+            self.hidden = None                         # two steps' need not exist at once
+            self.hidden = self.forward(input_ids, positions, context)
+        return self.model.compute_logits(self.hidden[samples])
 
     def close(self) -> None:
         """End what the runner started; a runner of one process started nothing."""
 
     def run(self, batch: list[ScheduledRow]) -> torch.Tensor:
         """One step: the logits [S, vocab] of the S rows that sample, in the order of the batch."""
-        samples = [i for i, row in enumerate(batch) if row.samples]  # others are not due yet
+        ends = accumulate(row.num_new_tokens for row in batch)
+        samples = [end - 1 for row, end in zip(batch, ends) if row.samples]  # others are not due
         return self.execute(*self.prepare_input(batch), samples)
+
+    def more_logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [N, vocab] of these tokens of the packed batch that ran last."""
+        none = torch.empty(0, dtype=torch.int32)
+        nothing = Context(cu_seqlens_q=torch.zeros(1, dtype=torch.int32), max_seqlen_q=0,
+                          context_lens=none, slot_mapping=none, block_tables=none.view(0, 0))
+        return self.execute(none, none, nothing, tokens)
 
 
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices
