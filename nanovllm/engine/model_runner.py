@@ -304,9 +304,9 @@ class GraphModelRunner(ModelRunner):
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether steps are recorded: on a GPU, unless the user or the backend says no."""
-        return (self.device.type == "cuda" and self.backend.supports_graphs
-                and not self.config.enforce_eager)
+        """Whether steps are recorded: on a GPU, unless user, backend or model say no."""
+        return (self.device.type == "cuda" and not self.config.enforce_eager
+                and self.backend.supports_graphs and self.model.supports_graphs)
 
     def _on_device(self):
         """Kernels are launched on the current device, which need not be this engine's."""
@@ -323,10 +323,11 @@ class GraphModelRunner(ModelRunner):
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
                 samples: list[int]) -> torch.Tensor:
-        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
+        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it."""
         with self._on_device():
-            if len(samples) == len(input_ids):  # a row each: nothing to pick out
-                return self.model.compute_logits(self.forward(input_ids, positions, context))
+            if input_ids.numel() and len(samples) == len(input_ids):  # all: nothing to pick out
+                self.hidden = self.forward(input_ids, positions, context)
+                return self.model.compute_logits(self.hidden)
             return super().execute(input_ids, positions, context, samples)
 
     def _peak_bytes(self) -> int:
@@ -556,8 +557,13 @@ class TensorParallelRunner(ParallelModelRunner):
             while not done.query():
                 self.workers.check()
         except RuntimeError:
-            self.group.abort()
+            self._leave_group()        # its kernels would spin for ever
             raise
+
+    def _leave_group(self) -> None:
+        """NCCL lets go only after the recordings that hold its kernels."""
+        self.recordings.clear()
+        self.group.close()
 
     def close(self) -> None:
         """End the workers: with an empty step, which is the last, where they still listen."""
@@ -566,7 +572,7 @@ class TensorParallelRunner(ParallelModelRunner):
         except RuntimeError:
             pass  # a worker is gone already
         self.workers.stop()
-        self.group.close()
+        self._leave_group()
 
 
 RUNNERS["parallel"] = TensorParallelRunner
