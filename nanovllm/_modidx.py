@@ -196,6 +196,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                                  'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ParallelModelRunner._make_model': ( 'parallel.html#parallelmodelrunner._make_model',
                                                                                                                 'nanovllm/engine/model_runner.py'),
+                                              'nanovllm.engine.model_runner.ParallelModelRunner.capture_cudagraph': ( 'parallel.html#parallelmodelrunner.capture_cudagraph',
+                                                                                                                      'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.ParallelModelRunner.serve': ( 'parallel.html#parallelmodelrunner.serve',
                                                                                                           'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.StaticInputs': ( 'parallel.html#staticinputs',

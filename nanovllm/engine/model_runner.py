@@ -116,8 +116,9 @@ class ModelRunner:
         zeros = torch.zeros(sum(lengths), dtype=torch.long, device=self.device)
         with use_context(packed_context(lengths, self.device)):
             hidden = self.model(zeros, zeros)
-        logits = self.model.compute_logits(hidden[:config.max_num_seqs]).float()
-        logits.sort(-1)  # the sampler's largest temporary
+        logits = self.model.compute_logits(hidden[:config.max_num_seqs])
+        if logits is not None:  # where it samples: a sort is the sampler's largest temporary
+            logits.float().sort(-1)
         return torch.cuda.max_memory_reserved(self.device)
 
     def _affordable_blocks(self, block_bytes: int) -> int:
@@ -459,6 +460,10 @@ class ParallelModelRunner(GraphModelRunner):
 
     def _affordable_blocks(self, block_bytes: int) -> int:
         return self.group.minimum(super()._affordable_blocks(block_bytes))
+
+    def capture_cudagraph(self, sizes: list[int] | None = None) -> None:
+        self.group.minimum(0)  # all are here: recording with a rank that is gone would never end
+        super().capture_cudagraph(sizes)
 
     def serve(self) -> None:
         """On the ranks above 0: run what rank 0 says, until it says nothing."""
