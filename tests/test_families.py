@@ -1,6 +1,7 @@
 """Every family in every shape gives what transformers gives: tokens, log-probabilities, angles."""
 
 import importlib
+import json
 import random
 import sys
 import zlib
@@ -15,6 +16,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config, max_positions
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.utils import loader
 
 ROOT = Path(__file__).parents[1]
 NEW = 16
@@ -183,6 +185,25 @@ def test_positions_reach_as_far_as_the_scaling():
         assert max_positions(config) == reach
 
 
+@pytest.mark.parametrize("family, scaling", [
+    ("llama", dict(LLAMA3["rope_parameters"])), ("qwen2", dict(YARN["rope_parameters"])),
+    ("qwen3", None), ("llama", dict(LINEAR["rope_parameters"]))],
+    ids=["llama3", "yarn", "none", "linear"])
+def test_config_json_of_older_transformers(family, scaling, tmp_path):
+    """rope_theta beside rope_scaling, whose kind is called `type`, and torch_dtype."""
+    shape = dict(rope_parameters=scaling or {"rope_type": "default", "rope_theta": 3e4})
+    folder, model = make_checkpoint(family, folder=tmp_path, seed=4, **shape)
+    content = json.loads((folder / "config.json").read_text())
+    new = content.pop("rope_parameters")
+    old = {"rope_theta": new.pop("rope_theta"), "torch_dtype": content.pop("dtype"),
+           "rope_scaling": {**new, "type": new.pop("rope_type")} if scaling else None}
+    (folder / "config.json").write_text(json.dumps({**content, **old}))
+    prompt, = random_prompts([2 * ORIGINAL + 3])
+    with LLM(folder, num_kvcache_blocks=16) as llm:
+        out, = llm.generate([prompt], WISH, use_tqdm=False)
+    assert worst_difference(out, logprobs(model, prompt + out["token_ids"])) < 1e-4
+
+
 def test_mistral_within_its_window(tmp_path):
     folder, model = make_checkpoint("mistral", folder=tmp_path, sliding_window=40)
     with pytest.raises(ValueError, match="max_model_len=41.*sliding_window=40.*choose 40"):
@@ -212,7 +233,8 @@ def test_experts_that_cannot_be_dealt_out(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_a_sharded_checkpoint_is_cast_on_the_way(family, tmp_path):
+def test_a_sharded_checkpoint_is_cast_on_the_way(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(loader, "PIECE_BYTES", 1000)  # a few rows: every matrix comes in pieces
     folder, model = make_checkpoint(family, folder=tmp_path, tie_word_embeddings=True)
     single = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
