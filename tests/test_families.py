@@ -50,9 +50,10 @@ def shape_of(family, case):
     """A random small shape for a case; the same in every run."""
     draw = random.Random(zlib.crc32(f"{family} {case}".encode()))
     kv = draw.choice([1, 2, 3])
-    shape = dict(hidden_size=draw.choice([40, 48, 72]), intermediate_size=draw.choice([56, 80, 104]),
-                 num_hidden_layers=draw.choice([2, 3]), num_key_value_heads=kv,
-                 num_attention_heads=kv * draw.choice([1, 2, 4]), head_dim=draw.choice([12, 16, 20]),
+    shape = dict(hidden_size=draw.choice([40, 48, 72]), num_hidden_layers=draw.choice([2, 3]),
+                 intermediate_size=draw.choice([56, 80, 104]), num_key_value_heads=kv,
+                 num_attention_heads=kv * draw.choice([1, 2, 4]),
+                 head_dim=draw.choice([12, 16, 20]),
                  vocab_size=draw.choice([97, 151, 211]), tie_word_embeddings=draw.random() < 0.5)
     shape.update({k: v for k, v in CASES[case].items() if family in KNOWN.get(k, FAMILIES)})
     if family == "llama":  # transformers insists there
@@ -103,7 +104,8 @@ def test_family_in_bfloat16(family, tmp_path):
     with LLM(folder, dtype="bfloat16", num_kvcache_blocks=64) as llm:
         outs = llm.generate(prompts, WISH, use_tqdm=False)
     sdpa, eager = (AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=name).eval() for name in ("sdpa", "eager"))
+        folder, dtype=torch.bfloat16, attn_implementation=attention).eval()
+        for attention in ("sdpa", "eager"))
     ours, theirs = [], []
     for prompt, out in zip(prompts, outs):
         tokens = prompt + out["token_ids"]

@@ -1,6 +1,8 @@
 """Log-probabilities of answers and prompts, chat, and a checkpoint's own sampling defaults."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,6 +169,29 @@ def test_chat(demo):
     one, two = demo.chat([[user], [system, user]], [GREEDY, BOTH], use_tqdm=False)
     assert two["token_ids"] == out["token_ids"] and one["logprobs"] is None
     assert "<|" not in one["text"] and demo.chat([], GREEDY, use_tqdm=False) == []
+
+
+def test_the_beginning_of_sequence_comes_once(tmp_path):
+    """A tokenizer that puts it in front, as Llama's, and a template that does, too."""
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    name, number = (tokenizer["added_tokens"][0][key] for key in ("content", "id"))
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": name}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    with LLM(folder, num_kvcache_blocks=32) as llm:
+        messages = [{"role": "user", "content": "What is RoPE?"}]
+        outs = llm.chat(messages, GREEDY, use_tqdm=False)
+        outs += llm.generate(["What is RoPE?", name + "What is RoPE?"], GREEDY, use_tqdm=False)
+        body = llm.tokenizer.encode("What is RoPE?", add_special_tokens=False)
+    assert [out["prompt_token_ids"] for out in outs] == [[number, *body]] * 3
 
 
 @pytest.mark.parametrize("messages, error, complaint", [

@@ -6,7 +6,8 @@
 
 Each mutant is a copy of nanovllm/ with one change. The tests of tests/ that compare tokens and
 logits with transformers, and those for bad input, run on it and must fail. One that survives means
-that a bug of its kind would go unnoticed. It takes about twenty minutes, so it is no part of test.py.
+that a bug of its kind would go unnoticed. It takes about twenty minutes, so it is no part of
+test.py.
 """
 
 from __future__ import annotations

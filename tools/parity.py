@@ -130,7 +130,7 @@ def main() -> int:
         do_sample=False, max_new_tokens=args.max_tokens, pad_token_id=0)
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, {name} on {device}; "
           f"transformers {transformers.__version__}, torch {torch.__version__}")
-    print(f"\n{'prompt':34}{'tokens':>7}{'answer':>8}{'agree':>7}{'largest difference':>20} at token")
+    print(f"\n{'prompt':34}{'tokens':>7}{'answer':>8}{'agree':>7}{'largest difference':>20} at")
     show = (lambda ids: repr(tokenizer.decode(ids))) if tokenizer else str
     found = []
     for out in outs:
