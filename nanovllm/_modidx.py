@@ -620,6 +620,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'nanovllm.utils.loader._may_be_left_over': ( 'model.html#_may_be_left_over',
                                                                                     'nanovllm/utils/loader.py'),
                                        'nanovllm.utils.loader._some': ('model.html#_some', 'nanovllm/utils/loader.py'),
+                                       'nanovllm.utils.loader.allocate_parameters': ( 'model.html#allocate_parameters',
+                                                                                      'nanovllm/utils/loader.py'),
                                        'nanovllm.utils.loader.checkpoint_files': ( 'model.html#checkpoint_files',
                                                                                    'nanovllm/utils/loader.py'),
                                        'nanovllm.utils.loader.default_weight_loader': ( 'model.html#default_weight_loader',

@@ -29,7 +29,7 @@ from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
 from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
-from ..utils.loader import init_dummy_weights, load_model
+from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
 from .scheduler import ScheduledRow
 
 CPU_CACHE_BYTES = 2**30  # num_kvcache_blocks=-1 on a CPU takes this much at most, not all memory
@@ -81,8 +81,9 @@ class ModelRunner:
     def _empty_model(self) -> torch.nn.Module:
         """The model on the device, its weights not yet filled in."""
         hf_config = self.config.hf_config
-        with torch.device(self.device):
-            return get_model_class(hf_config)(hf_config).to(self.device)  # tables come from the CPU
+        with torch.device("meta"):
+            model = get_model_class(hf_config)(hf_config)
+        return allocate_parameters(model, self.device)
 
     def _make_model(self) -> torch.nn.Module:
         """The model with its weights, on the device."""
