@@ -18,6 +18,9 @@ from __future__ import annotations  # a worker may be an older Python than the o
 import argparse
 import ast
 import contextlib
+import dataclasses
+import gc
+import importlib.util
 import json
 import os
 import random
@@ -25,11 +28,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "nano-vllm")
+DEMO_TITLE = "demo model"
+MOST_TOKENS_OF_A_REQUEST = 8192 + 256  # of any workload at full size
 WORKLOADS = ("nano-vllm", "decode", "shared-prefix", "long-prompt", "poisson")
 
 # -----------------------------------------------------------------------------------------------
@@ -96,7 +102,7 @@ def make_workload(name: str, scale: float = 1.0, seed: int = 0, run: int = 0, vo
     scale: 1 is full size; less makes requests fewer and shorter. requests: how many, instead.
     rate: arrivals a second (poisson).
     """
-    rng, ids = random.Random(seed), random.Random(f"{seed}/{run}")
+    rng, ids = random.Random(seed), random.Random(f"{name}/{seed}/{run}")
 
     def size(full: int, least: int = 1) -> int:
         return max(least, round(full * scale))
@@ -178,7 +184,7 @@ def figures(requests: list[dict], result: dict) -> dict:
     cached = result.get("cached_tokens")
     out["prefix_hit_rate"] = None if cached is None else cached / prompt if prompt else 0.0
     for name in ("preemptions", "peak_memory_bytes", "steps", "computed_tokens", "cached_tokens",
-                 "peak_blocks"):
+                 "peak_blocks", "peak_running", "largest_step_tokens"):
         out[name] = result.get(name)
     return out
 
@@ -248,6 +254,7 @@ class Recorder:
 
 class StepEngine:
     """An engine that is driven step by step. Subclasses say how; `run` is the same for all."""
+    static_batch = None  # a number: so many requests at once, the next only when all are done
 
     def add(self, index: int, request: dict, temperature: float) -> None:
         """Queue a request."""
@@ -262,7 +269,7 @@ class StepEngine:
         raise NotImplementedError
 
     def drop_all(self) -> None:
-        """Forget what is queued or running."""
+        """The run is over; forget what is still queued or running."""
 
     def before_run(self) -> None:
         """Set counters back."""
@@ -278,25 +285,27 @@ class StepEngine:
         """Serve the requests; what came when."""
         self.before_run()
         recorder = Recorder(requests, limit, tell)
+        self.start = recorder.start
         while not recorder.is_late():
-            for i in recorder.take(is_idle=self.is_idle()):
-                self.add(i, requests[i], temperature)
+            if self.is_idle() or not self.static_batch:
+                for i in recorder.take(self.static_batch, is_idle=self.is_idle()):
+                    self.add(i, requests[i], temperature)
             if self.is_idle():
                 break
             for news in self.step():
                 recorder.add(*news)
-        if recorder.was_cut:
-            self.drop_all()
+        self.drop_all()
         return recorder.result(**self.counts())
 
 
 class NanoVLLMTaught(StepEngine):
-    """The engine of this repository."""
+    """The engine of this repository, through its public interface."""
 
     def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, max_model_len: int,
                  settings: dict, **_):
         from nanovllm import LLM
         settings = {"max_model_len": max_model_len, **settings}
+        self.static_batch = settings.pop("static_batch", None)
         self.llm = LLM(model, device=device, dtype=dtype,
                        load_format="dummy" if is_dummy else "auto", **settings)
         self.index = {}
@@ -308,7 +317,12 @@ class NanoVLLMTaught(StepEngine):
         self.index[self.llm.add_request(request["prompt"], params)] = index
 
     def step(self):
-        return [(self.index[out.request_id], out.token_ids) for out in self.llm.step()]
+        llm, before = self.llm, self.llm.stats.computed_tokens
+        outputs = llm.step()
+        ended = sum(out.output is not None for out in outputs)
+        self.peak_running = max(self.peak_running, len(llm.scheduler.running) + ended)
+        self.largest_step = max(self.largest_step, llm.stats.computed_tokens - before)
+        return [(self.index[out.request_id], out.token_ids) for out in outputs]
 
     def is_idle(self):
         return self.llm.is_finished()
@@ -318,15 +332,16 @@ class NanoVLLMTaught(StepEngine):
             self.llm.abort(request_id)
 
     def before_run(self):
-        self.index = {}
+        self.index, self.peak_running, self.largest_step = {}, 0, 0
         self.llm.stats.peak_blocks = 0
         self.before = dict(vars(self.llm.stats))
 
     def counts(self):
+        stats, manager = self.llm.stats, self.llm.block_manager
         names = ("steps", "computed_tokens", "cached_tokens", "preemptions")
-        stats = self.llm.stats
-        return {"peak_blocks": stats.peak_blocks, "block_size": self.llm.block_manager.block_size,
-                "num_blocks": self.llm.block_manager.num_blocks,
+        return {"peak_blocks": stats.peak_blocks, "num_blocks": manager.num_blocks,
+                "block_size": manager.block_size, "peak_running": self.peak_running,
+                "largest_step_tokens": self.largest_step,
                 **{name: getattr(stats, name) - self.before[name] for name in names}}
 
     def close(self):
@@ -408,7 +423,165 @@ class HuggingFace:
         """Nothing to give back but the process."""
 
 
-ENGINE_CLASSES = {"nanovllm": NanoVLLMTaught, "hf": HuggingFace}
+class HuggingFaceContinuous(StepEngine):
+    """transformers' continuous batching: its own thread steps, and its clock stamps the tokens."""
+
+    def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, **_):
+        self.model, self.device = load_hf_model(model, device, dtype, is_dummy), device
+        self.manager = None
+
+    def before_run(self):
+        """Nothing: the pool is sized to the requests, in `run`."""
+
+    def run(self, requests, temperature, limit, tell):
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+        page = 256  # its tokens per block
+        blocks = sum(-(-(len(r["prompt"]) + r["max_tokens"]) // page) for r in requests) + 1
+        sizes = {} if self.device.startswith("cuda") else dict(
+            num_blocks=blocks, max_batch_tokens=1024)  # a CPU has no size of its own to go by
+        sampling = dict(do_sample=temperature > 0, eos_token_id=-1)
+        if temperature:
+            sampling.update(temperature=temperature, top_k=0, top_p=1.0)
+        self.manager = self.model.init_continuous_batching(
+            generation_config=GenerationConfig(**sampling),
+            continuous_batching_config=ContinuousBatchingConfig(**sizes))
+        if self.device.startswith("cuda"):
+            self.manager.warmup()
+        self.manager.start()
+        self.open = {}
+        return super().run(requests, temperature, limit, tell)
+
+    def add(self, index, request, temperature):
+        name = self.manager.add_request(
+            request["prompt"], request_id=str(index), max_new_tokens=request["max_tokens"],
+            streaming=True, record_timestamps=True)
+        self.open[name] = [index, 0, time.perf_counter()]
+
+    def step(self):
+        out = self.manager.get_result(timeout=0.01)
+        if out is None:
+            if not self.manager.is_running():
+                raise RuntimeError("transformers' continuous batching has stopped")
+            return []
+        if out.error:
+            raise RuntimeError(out.error)
+        if out.request_id not in self.open:
+            return []
+        entry = self.open[out.request_id]
+        index, seen, _ = entry
+        entry[1] = len(out.generated_tokens)
+        if out.is_finished():
+            del self.open[out.request_id]
+        new = out.generated_tokens[seen:]
+        stamps = [stamp - self.start for stamp in out.timestamps[seen:]]
+        return [(index, [token], stamp) for token, stamp in zip(new, stamps)]
+
+    def is_idle(self):
+        return not self.open
+
+    def drop_all(self):
+        self.manager.stop(block=True, timeout=30, **({"hard_stop": True} if self.open else {}))
+        self.manager.destroy()
+
+
+class VLLM(StepEngine):
+    """vLLM, in the Python of --vllm-python or in this one; its scheduler in this process."""
+
+    def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, max_model_len: int,
+                 settings: dict, **_):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+        from vllm import LLM
+        # compiling takes a minute on a CPU; --vllm-set enforce_eager=False has it
+        defaults = {} if device.startswith("cuda") else {"enforce_eager": True}
+        self.llm = LLM(model, dtype=dtype, load_format="dummy" if is_dummy else "auto",
+                       skip_tokenizer_init=True, max_model_len=max_model_len,
+                       **{**defaults, **settings})
+        self.engine, self.seen = self.llm.llm_engine, {}
+
+    def before_run(self):
+        self.seen, self.cached = {}, 0
+
+    def add(self, index, request, temperature):
+        from vllm import SamplingParams
+        params = SamplingParams(temperature=temperature, max_tokens=request["max_tokens"],
+                                ignore_eos=True, detokenize=False)
+        self.engine.add_request(str(index), {"prompt_token_ids": request["prompt"]}, params)
+        self.seen[index] = 0
+
+    def step(self):
+        news = []
+        for out in self.engine.step():
+            index, tokens = int(out.request_id.split("-")[0]), list(out.outputs[0].token_ids)
+            news.append((index, tokens[self.seen[index]:]))
+            self.seen[index] = len(tokens)
+            if out.finished:
+                self.cached += out.num_cached_tokens or 0
+        return news
+
+    def is_idle(self):
+        return not self.engine.has_unfinished_requests()
+
+    def drop_all(self):
+        if not self.is_idle():
+            self.engine.abort_request([str(index) for index in self.seen])
+
+    def counts(self):
+        return {"cached_tokens": self.cached}
+
+
+class NanoVLLM(StepEngine):
+    """The reference, GeeeekExplorer/nano-vllm, from the folder --nano-vllm (a GPU, flash-attn).
+
+    Its package bears the same name as ours, so it has a process and a path of its own.
+    """
+
+    def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, max_model_len: int,
+                 settings: dict, source: str, **_):
+        sys.path[:] = [source, *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+        if is_dummy:  # it wants a tokenizer in the folder, and loads what weights it finds: none
+            config = (Path(model) / "config.json").read_bytes()
+            model = tempfile.mkdtemp(dir=model)
+            for file in (ROOT / "nanovllm" / "demo_model").glob("tokenizer*.json"):
+                (Path(model) / file.name).write_bytes(file.read_bytes())
+            (Path(model) / "config.json").write_bytes(config)
+        import nanovllm
+        if Path(nanovllm.__file__).resolve().is_relative_to(ROOT):
+            raise RuntimeError(f"--nano-vllm: {source!r} holds no package nanovllm")
+        self.package = nanovllm
+        self.llm = nanovllm.LLM(model, max_model_len=max_model_len, **settings)
+
+    def before_run(self):
+        self.seqs, self.seen, self.preemptions = {}, {}, 0
+
+    def add(self, index, request, temperature):
+        params = self.package.SamplingParams(  # it refuses 0; this is as good as the likeliest
+            temperature=max(temperature, 1e-4), max_tokens=request["max_tokens"], ignore_eos=True)
+        self.llm.add_request(request["prompt"], params)
+        self.seqs[index], self.seen[index] = self.llm.scheduler.waiting[-1], 0
+
+    def step(self):
+        self.llm.step()
+        news = []
+        for index, seq in list(self.seqs.items()):
+            tokens = list(seq.completion_token_ids)
+            if new := tokens[self.seen[index]:]:
+                news.append((index, new))
+                self.seen[index] = len(tokens)
+            if seq.is_finished:
+                del self.seqs[index]
+        return news
+
+    def is_idle(self):
+        return self.llm.is_finished()
+
+    def drop_all(self):
+        if self.seqs:
+            raise RuntimeError("it cannot abort; give it more time with --limit")
+
+
+ENGINE_CLASSES = {"nanovllm": NanoVLLMTaught, "hf": HuggingFace,
+                  "hf-continuous": HuggingFaceContinuous, "vllm": VLLM, "nano-vllm": NanoVLLM}
 
 
 class Memory:
@@ -540,6 +713,8 @@ def worker() -> None:
                 memory = Memory(job["device"])
                 engine = ENGINE_CLASSES[job.pop("engine")](**job)
                 tell(done={"load_seconds": time.perf_counter() - start})
+            elif do == "soak":
+                tell(done=soak(tell=tell, **job))
             elif do == "run":
                 memory.restart()
                 result = engine.run(tell=tell, **job)
@@ -551,6 +726,117 @@ def worker() -> None:
             import traceback
             traceback.print_exc()
             tell(error=f"{type(error).__name__}: {error}")
+
+
+# -----------------------------------------------------------------------------------------------
+# Leak hunt: a worker's job as well, so that the memory it watches is the engine's alone
+# -----------------------------------------------------------------------------------------------
+
+def soak(model: str, device: str, dtype: str, is_dummy: bool, seconds: float, seed: int,
+         settings: dict, tell=lambda **news: None) -> dict:
+    """Random requests, aborts, broken-off streams and bad requests in a pool too small for them.
+
+    Samples of memory over time, and what happened. RuntimeError if the engine keeps a block, keeps
+    a request, or accepts one that cannot work.
+    """
+    from nanovllm import LLM, SamplingParams
+    settings = {"num_kvcache_blocks": 40, "max_num_seqs": 16, "max_num_batched_tokens": 128,
+                **settings}
+    llm = LLM(model, device=device, dtype=dtype, load_format="dummy" if is_dummy else "auto",
+              **settings)
+    rng, manager = random.Random(seed), llm.block_manager
+    unit = max(1, manager.block_size // 16)  # lengths in proportion to the blocks
+    vocab = min(1000, llm.config.hf_config.vocab_size)
+    prefixes = [[rng.randrange(vocab) for _ in range(n * unit)] for n in (0, 20, 60, 110)]
+    bad = [([], {}), ([vocab + 10**9], {}), ([1] * 10**6, {}), ("text" * 10**6, {}), (3.5, {}),
+           ([1, "two"], {}), ([1, 2], {"max_tokens": 0}), ([1, 2], {"temperature": -1})]
+    active, counts = set(), dict.fromkeys(
+        ("requests", "finished", "aborted", "refused", "streams", "tokens"), 0)
+    samples, start = [], time.perf_counter()
+
+    def params() -> SamplingParams:
+        return SamplingParams(
+            temperature=rng.choice([0, 0.7, 1.3]), top_k=rng.choice([0, 5]),
+            top_p=rng.choice([1.0, 0.9]), max_tokens=rng.randint(1, 80) * unit,
+            ignore_eos=rng.random() < 0.8, seed=rng.choice([None, rng.randrange(99)]),
+            stop=rng.choice([(), ("zz", "the end")]))
+
+    def prompt() -> list[int]:
+        return rng.choice(prefixes) + [rng.randrange(vocab) for _ in range(rng.randint(1, 60))]
+
+    def refuse() -> None:
+        bad_prompt, bad_params = rng.choice(bad)
+        try:
+            llm.add_request(bad_prompt, SamplingParams(**bad_params))
+        except (TypeError, ValueError):
+            counts["refused"] += 1
+        else:
+            raise RuntimeError(f"accepted {str(bad_prompt)[:30]} with {bad_params}")
+
+    def book(outputs) -> None:
+        for out in outputs:
+            counts["tokens"] += len(out.token_ids)
+            if out.output is not None:
+                active.discard(out.request_id)
+                counts["finished"] += 1
+
+    def sample(now: float) -> None:
+        gc.collect()
+        samples.append({"seconds": now, "objects": len(gc.get_objects()),
+                        "used_blocks": manager.num_used_blocks, "active": len(active),
+                        "preemptions": llm.stats.preemptions, **memory_now(device)})
+        tell(progress=int(now))
+
+    while (now := time.perf_counter() - start) < seconds:
+        if not samples or now - samples[-1]["seconds"] > min(1.0, seconds / 20):
+            sample(now)
+        event = rng.random()
+        if event < 0.5 and len(active) < 24:
+            active.add(llm.add_request(prompt(), params()))
+            counts["requests"] += 1
+        elif event < 0.53 and active:
+            request_id = rng.choice(sorted(active))
+            if llm.abort(request_id) is not None:
+                active.remove(request_id)
+                counts["aborted"] += 1
+        elif event < 0.58:
+            refuse()
+        elif event < 0.59 and llm.tokenizer is not None:
+            stream = llm.stream(prompt(), params())
+            next(stream, None)
+            stream.close()  # the reader has gone away
+            counts["streams"] += 1
+        book(llm.step())
+    while not llm.is_finished():
+        book(llm.step())
+    sample(time.perf_counter() - start)
+    if manager.num_free_blocks != manager.num_blocks or llm.requests:
+        raise RuntimeError(f"{manager.num_used_blocks} blocks are still held, and "
+                           f"{len(llm.requests)} requests still known")
+    result = {"samples": samples, "num_blocks": manager.num_blocks,
+              "free_blocks": manager.num_free_blocks, **counts, "steps": llm.stats.steps,
+              "preemptions": llm.stats.preemptions, "peak_blocks": llm.stats.peak_blocks,
+              "cached_tokens": llm.stats.cached_tokens}
+    llm.close()
+    return result
+
+
+def memory_now(device: str) -> dict:
+    """Bytes that this process holds now: resident, and on the GPU as PyTorch counts them."""
+    now = {"rss": _status_bytes(os.getpid(), "VmRSS")}
+    if device.startswith("cuda"):
+        import torch
+        stats = torch.cuda.memory_stats()
+        now.update(gpu_allocated=stats["allocated_bytes.all.current"],
+                   gpu_reserved=stats["reserved_bytes.all.current"],
+                   gpu_allocations=stats["allocation.all.current"])
+    return now
+
+
+def drift(samples: list[dict], name: str, settle: float) -> float:
+    """The farthest that a figure strays after `settle` seconds, as a share of its value then."""
+    after = [s[name] for s in samples if s["seconds"] >= settle] or [samples[-1][name]]
+    return max(abs(value - after[0]) for value in after) / max(1, after[0])
 
 
 # -----------------------------------------------------------------------------------------------
@@ -573,18 +859,23 @@ class Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
             env={**os.environ, "PYTHONPATH": path, **env})
 
-    def ask(self, on_progress=lambda count: None, **job):
-        """Its answer to a command. WorkerError if it failed or died."""
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(job), file=self.process.stdin, flush=True)
-        for line in self.process.stdout:
-            news = json.loads(line)
-            if "progress" in news:
-                on_progress(news["progress"])
-            elif "error" in news:
-                raise WorkerError(news["error"])
-            else:
-                return news["done"]
+    def ask(self, on_progress=lambda count: None, patience: float = 900.0, **job):
+        """Its answer to a command. WorkerError if it failed, died, or took longer than that."""
+        watchdog = threading.Timer(patience, self.process.kill)
+        watchdog.start()
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps(job), file=self.process.stdin, flush=True)
+            for line in self.process.stdout:
+                news = json.loads(line)
+                if "progress" in news:
+                    on_progress(news["progress"])
+                elif "error" in news:
+                    raise WorkerError(news["error"])
+                else:
+                    return news["done"]
+        finally:
+            watchdog.cancel()
         self.log.seek(0)
         tail = self.log.read().strip().splitlines()[-12:]
         raise WorkerError(f"its process ended (status {self.process.wait()})\n    "
@@ -594,8 +885,9 @@ class Worker:
         """End it."""
         if self.process.poll() is None:
             with contextlib.suppress(WorkerError, ValueError, OSError):
-                self.ask(do="close")
-            self.process.stdin.close()
+                self.ask(do="close", patience=20)
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
             try:
                 self.process.wait(20)
             except subprocess.TimeoutExpired:
@@ -627,6 +919,43 @@ def parse_config(text: str) -> tuple[str, dict]:
     return name.strip(), parse_settings(settings)
 
 
+def engine_list(args) -> dict[str, tuple[str, dict]]:
+    """What is compared: name -> (engine, settings). ValueError for an option that is none."""
+    common, vllm = {}, {}
+    for text in args.set:
+        common.update(parse_settings(text))
+    for text in args.vllm_set:
+        vllm.update(parse_settings(text))
+    given = {"nanovllm": common, "vllm": vllm}
+    engines = {name: (name, given.get(name, {})) for name in args.engines}
+    for text in args.config:
+        name, settings = parse_config(text)
+        if name in engines:
+            raise ValueError(f"--config: there are two engines called {name!r}")
+        engines[name] = ("nanovllm", {**common, **settings})
+    check_settings({key for kind, settings in engines.values() if kind == "nanovllm"
+                    for key in settings} - {"static_batch"})
+    if "nano-vllm" in args.engines and not args.nano_vllm:
+        raise ValueError("engine nano-vllm: give the folder of its repository with --nano-vllm")
+    has_vllm = args.vllm_python or importlib.util.find_spec("vllm")
+    if "vllm" in args.engines and not has_vllm:
+        raise ValueError("engine vllm: it is not installed here; give the Python of an environment "
+                         "that has it with --vllm-python")
+    return engines
+
+
+def check_settings(names: set[str]) -> None:
+    """ValueError for a name that is no setting of this engine."""
+    if names:
+        from dataclasses import fields
+
+        from nanovllm.config import Config
+        known = {field.name for field in fields(Config) if field.init}
+        if unknown := sorted(names - known):
+            raise ValueError(f"{', '.join(unknown)}: no such setting of this engine; there are: "
+                             f"{', '.join(sorted(known))}")
+
+
 def decode_floor(requests: list[dict], limits: dict) -> float | None:
     """Seconds in which no engine can be done that reads each weight once a pass; None if unknown.
 
@@ -642,120 +971,128 @@ def decode_floor(requests: list[dict], limits: dict) -> float | None:
     return moved / limits["bandwidth"]
 
 
+@dataclasses.dataclass
+class Model:
+    """A model to measure with."""
+    folder: str
+    title: str
+    is_dummy: bool = False   # random weights in the shape of its config.json
+    dtype: str = "auto"
+    limits: dict | None = None  # what `probe` says
+
+
 class Bench:
-    """One model, some engines, some workloads: runs them in turn and keeps every figure."""
+    """One model and some engines: asks them in turn, and keeps every figure."""
 
-    def __init__(self, args, model: str, is_dummy: bool, title: str, folder: Path):
-        self.args, self.model, self.is_dummy, self.title = args, model, is_dummy, title
-        self.folder = folder
-        self.engines = engine_list(args)
-        self.workers, self.errors, self.loads = {}, {}, {}
-        asker = Worker(threads=args.threads)
-        try:
-            self.limits = asker.ask(do="probe", model=model, device=args.device, dtype=args.dtype)
-        finally:
-            asker.close()
-        self.vocab = min(10000, self.limits["vocab"])
+    def __init__(self, args, model: Model, engines: dict[str, tuple[str, dict]]):
+        self.args, self.model, self.engines = args, model, engines
+        self.threads = args.threads
+        if self.threads is None and args.device == "cpu" and model.title == DEMO_TITLE:
+            self.threads = 1
+        self.workers, self.broken, self.loads = {}, {}, {}
+        if model.limits is None:
+            asker = Worker(threads=self.threads)
+            try:
+                model.limits = asker.ask(do="probe", model=model.folder, device=args.device,
+                                         dtype=model.dtype)
+            finally:
+                asker.close()
+        self.vocab = min(10000, model.limits["vocab"])
 
-    def requests(self, workload: str, run: int) -> list[dict]:
-        """What every engine is asked in this run."""
-        args = self.args
-        return make_workload(workload, args.scale, args.seed, run, self.vocab, args.requests,
-                             args.rate)
+    def __enter__(self):
+        return self
 
-    def open(self, name: str, max_model_len: int) -> Worker:
+    def __exit__(self, *exception):
+        for name in list(self.workers):
+            self._close(name)
+
+    def _close(self, name: str) -> None:
+        if worker := self.workers.pop(name, None):
+            worker.close()
+
+    def _open(self, name: str, max_model_len: int) -> Worker:
         """The engine's worker, with the engine loaded and warm."""
         if name not in self.workers:
             kind, settings = self.engines[name]
-            args = self.args
-            worker = self.workers[name] = Worker(threads=args.threads)
-            loaded = worker.ask(do="open", engine=kind, model=self.model, device=args.device,
-                                dtype=args.dtype, is_dummy=self.is_dummy, settings=settings,
-                                max_model_len=max_model_len, hf_batch=args.hf_batch)
+            args, model = self.args, self.model
+            worker = self.workers[name] = Worker(args.vllm_python if kind == "vllm" else None,
+                                                 self.threads)
+            loaded = worker.ask(do="open", engine=kind, model=model.folder, device=args.device,
+                                dtype=model.limits["dtype"],  # "auto" means other things to others
+                                is_dummy=model.is_dummy, settings=settings,
+                                max_model_len=max_model_len, hf_batch=args.hf_batch,
+                                source=args.nano_vllm)
             self.loads[name] = loaded["load_seconds"]
             warm_up = make_workload("poisson", 0.1, -1, 0, self.vocab, requests=4, rate=1e9)
-            worker.ask(do="run", requests=warm_up, temperature=args.temperature, limit=60.0)
+            worker.ask(do="run", requests=warm_up, temperature=args.temperature, limit=300.0)
         return self.workers[name]
 
-    def close(self, name: str | None = None) -> None:
-        """End one worker, or all."""
-        for name in [name] if name else list(self.workers):
-            if worker := self.workers.pop(name, None):
-                worker.close()
+    def run(self, workload: str, scale: float, requests: int | None = None) -> dict:
+        """One workload, `runs` times, the engines in alternating order: a record of it."""
+        args, limit = self.args, self.model.limits["max_model_len"]
+        asked = [make_workload(workload, scale, args.seed, run, self.vocab, requests, args.rate)
+                 for run in range(args.runs)]
+        longest = max(len(r["prompt"]) + r["max_tokens"] for r in asked[0])
+        if longest >= limit:
+            raise ValueError(f"workload {workload}: a request of {longest} tokens does not fit "
+                             f"into the {limit} of {self.model.title}; lower --scale")
+        need = min(max(4096, MOST_TOKENS_OF_A_REQUEST), limit)
+        runs, outputs, errors = {name: [] for name in self.engines}, {}, {}
+        for run in range(args.runs):
+            names = list(self.engines)
+            for name in names if run % 2 == 0 else names[::-1]:
+                if name in self.broken or name in errors:
+                    continue
+                title = f"{self.model.title}, {workload}, run {run + 1}/{args.runs}, {name}"
+                try:
+                    result = self._run_one(name, title, asked[run], need)
+                except WorkerError as error:
+                    errors[name] = str(error)
+                    print(f"{title}: failed: {error}", file=sys.stderr)
+                else:
+                    runs[name].append(figures(asked[run], result))
+                    outputs[name, run] = result["tokens"]
+                if not args.keep or name in errors:
+                    self._close(name)
+        return self._record(workload, scale, asked[0], runs, outputs, errors)
 
-    def run(self, workloads: list[str]) -> list[dict]:
-        """Every workload, `runs` times, the engines in alternating order: one record a workload."""
-        every = {(w, run): self.requests(w, run) for w in workloads
-                 for run in range(self.args.runs)}
-        longest = max(len(r["prompt"]) + r["max_tokens"] for rs in every.values() for r in rs)
-        if longest >= self.limits["max_model_len"]:
-            raise ValueError(f"{self.title}: a request of {longest} tokens does not fit into the "
-                             f"model's {self.limits['max_model_len']}; lower --scale")
-        max_model_len = min(max(4096, longest + 1), self.limits["max_model_len"])
-        records = []
-        for workload in workloads:
-            runs = {name: [] for name in self.engines}
-            outputs = {}
-            for run in range(self.args.runs):
-                names = list(self.engines)
-                for name in names if run % 2 == 0 else names[::-1]:
-                    requests = every[workload, run]
-                    result = self._run_one(name, workload, run, requests, max_model_len)
-                    if result is not None:
-                        runs[name].append(figures(requests, result))
-                        outputs[name, run] = result["tokens"]
-            records.append(self._record(workload, every[workload, 0], runs, outputs))
-        return records
-
-    def _run_one(self, name, workload, run, requests, max_model_len):
-        """One engine, one run, with a progress bar; None if it fails."""
-        if name in self.errors:
-            return None
+    def _run_one(self, name: str, title: str, requests: list[dict], max_model_len: int) -> dict:
+        """One engine, one run, with a progress bar."""
         from tqdm import tqdm
         total = sum(r["max_tokens"] for r in requests)
-        label = f"{self.title} · {workload} · run {run + 1}/{self.args.runs} · {name}"
-        try:
-            with tqdm(total=total, desc=label, unit="token", leave=False, dynamic_ncols=True,
-                      disable=self.args.quiet) as bar:
-                worker = self.open(name, max_model_len)
-                return worker.ask(lambda count: bar.update(count - bar.n), do="run",
-                                  requests=requests, temperature=self.args.temperature,
-                                  limit=self.args.limit)
-        except WorkerError as error:
-            self.errors[name] = str(error)
-            print(f"{label}: failed: {error}", file=sys.stderr)
-            self.close(name)
-            return None
-        finally:
-            if not self.args.keep:
-                self.close(name)
+        with tqdm(total=total, desc=title, unit="token", leave=False, dynamic_ncols=True,
+                  disable=self.args.quiet) as bar:
+            try:
+                worker = self._open(name, max_model_len)
+            except WorkerError as error:
+                self.broken[name] = str(error)
+                raise
+            return worker.ask(lambda count: bar.update(count - bar.n), do="run",
+                              patience=2 * self.args.limit + 120, requests=requests,
+                              temperature=self.args.temperature, limit=self.args.limit)
 
-    def _record(self, workload, requests, runs, outputs) -> dict:
+    def _record(self, workload, scale, requests, runs, outputs, errors) -> dict:
         """One workload's figures, for the table and for JSON."""
-        floor = decode_floor(requests, self.limits)
-        want = sum(r["max_tokens"] for r in requests)
-        record = {
-            "model": self.title, "workload": workload, "scale": self.args.scale,
-            "limits": self.limits, "requests": len(requests),
-            "prompt_tokens": sum(len(r["prompt"]) for r in requests), "output_tokens": want,
-            "ceiling_output_throughput": want / floor if floor else None, "engines": {}}
-        names = [name for name in runs if runs[name]]
-        for name in self.engines:
-            kind, settings = self.engines[name]
-            entry = {"engine": kind, "settings": settings, "runs": runs[name],
-                     "load_seconds": self.loads.get(name)}
-            if name in self.errors:
-                entry["error"] = self.errors[name]
+        limits = self.model.limits
+        floor, want = decode_floor(requests, limits), sum(r["max_tokens"] for r in requests)
+        ceiling = want / floor if floor else None
+        record = {"model": self.model.title, "workload": workload, "scale": scale,
+                  "requests": len(requests), "output_tokens": want,
+                  "prompt_tokens": sum(len(r["prompt"]) for r in requests),
+                  "ceiling_output_throughput": ceiling, "limits": limits, "engines": {}}
+        first = next((name for name in runs if runs[name]), None)
+        for name, (kind, settings) in self.engines.items():
+            entry = {"engine": kind, "settings": settings, "load_seconds": self.loads.get(name),
+                     "runs": runs[name], "error": errors.get(name) or self.broken.get(name)}
             if runs[name]:
                 entry["summary"] = summary = summarize(runs[name])
-                ceiling = record["ceiling_output_throughput"]
                 summary["share_of_ceiling"] = (
                     summary["output_throughput"]["median"] / ceiling if ceiling else None)
-                pairs = [(a, b) for run in range(self.args.runs)
-                         for a, b in zip(outputs.get((names[0], run), []),
-                                         outputs.get((name, run), []))]
-                summary["same_tokens_as"] = names[0]
-                summary["same_tokens"] = sum(a == b for a, b in pairs) / max(1, len(pairs))
+                pairs = [pair for run in range(self.args.runs) if (name, run) in outputs
+                         and (first, run) in outputs
+                         for pair in zip(outputs[first, run], outputs[name, run])]
+                summary["same_tokens"] = {"as": first, "share": sum(
+                    a == b for a, b in pairs) / max(1, len(pairs))}
             record["engines"][name] = entry
         return record
 
@@ -764,7 +1101,7 @@ def summarize(runs: list[dict]) -> dict:
     """Median, least and most over the runs, of every figure that is a number."""
     flat = [_flatten(run) for run in runs]
     out = {}
-    for name in flat[0]:
+    for name in dict.fromkeys(name for run in flat for name in run):
         values = [run[name] for run in flat if run.get(name) is not None]
         out[name] = {"median": statistics.median(values), "min": min(values),
                      "max": max(values)} if values else None
@@ -781,18 +1118,64 @@ def _flatten(figures: dict, prefix: str = "") -> dict:
     return flat
 
 
-def engine_list(args) -> dict[str, tuple[str, dict]]:
-    """What is compared: name -> (engine, settings)."""
-    common = {}
-    for text in args.set:
-        common.update(parse_settings(text))
-    engines = {name: (name, common if name == "nanovllm" else {}) for name in args.engines}
-    for text in args.config:
-        name, settings = parse_config(text)
-        if name in engines:
-            raise ValueError(f"--config: there are two engines called {name!r}")
-        engines[name] = ("nanovllm", {**common, **settings})
-    return engines
+# -----------------------------------------------------------------------------------------------
+# Ablation: each feature off in turn, on the workload where it matters
+# -----------------------------------------------------------------------------------------------
+
+def ablations(device: str, scale: float, rows: int) -> list[dict]:
+    """What is switched off, and how: the engine's settings with and without each feature.
+
+    figures: what to look at, counts first. Contiguous reservation is paging with blocks as long as
+    the longest request allowed: then each request takes one, however short it turns out to be.
+    """
+    most = -(-round(2 * 1024 * scale) // 256) * 256 if device != "cpu" else \
+        -(-round(2 * 1024 * scale) // 16) * 16
+    block = 16 if device == "cpu" else 256
+    long_prompt = max(256, round(8192 * scale))
+    pool = 4 * most
+    same = dict(max_model_len=most, enable_prefix_caching=False)
+    return [
+        dict(feature="prefix cache", workload="shared-prefix", on={},
+             off=dict(enable_prefix_caching=False),
+             figures=["computed_tokens", "peak_blocks", "ttft_p50", "output_throughput"]),
+        dict(feature="continuous batching", workload="nano-vllm", on=dict(max_num_seqs=rows),
+             off=dict(max_num_seqs=rows, static_batch=rows),
+             figures=["steps", "ttft_p50", "output_throughput"]),
+        dict(feature="chunked prefill", workload="long-prompt",
+             on=dict(max_num_batched_tokens=max(32, long_prompt // 16)), off={},
+             figures=["largest_step_tokens", "steps", "itl_max", "ttft_max"]),
+        dict(feature="paging", workload="nano-vllm",
+             on=dict(same, kvcache_block_size=block, num_kvcache_blocks=pool // block),
+             off=dict(same, kvcache_block_size=most, num_kvcache_blocks=pool // most),
+             figures=["peak_running", "steps", "preemptions", "output_throughput"]),
+        dict(feature="CUDA Graphs", workload="decode", on={}, off=dict(enforce_eager=True),
+             figures=["tpot_p50", "output_throughput"], needs="a GPU"),
+        dict(feature="tensor parallelism 2", workload="decode", on=dict(tensor_parallel_size=2),
+             off={}, figures=["steps", "tpot_p50", "output_throughput"], needs="two devices"),
+    ]
+
+
+def run_ablations(args, model: Model, say=print) -> list[dict]:
+    """Measure every ablation that this machine can; the records, each with its case."""
+    records = []
+    gpus = 0
+    if args.device != "cpu":
+        import torch
+        gpus = torch.cuda.device_count()
+    for case in ablations(args.device, args.scale, args.rows):
+        missing = (case.get("needs") == "a GPU" and args.device == "cpu"
+                   or case.get("needs") == "two devices" and args.device != "cpu" and gpus < 2)
+        if missing:
+            say(f"\n{case['feature']}: needs {case['needs']}, not measured here")
+            continue
+        common = engine_list(args).get("nanovllm", ("nanovllm", {}))[1]
+        engines = {"with": ("nanovllm", {**common, **case["on"]}),
+                   "without": ("nanovllm", {**common, **case["off"]})}
+        with Bench(args, model, engines) as bench:
+            record = bench.run(case["workload"], args.scale, args.requests)
+        records.append({**record, "ablation": case})
+        print_ablation(records[-1])
+    return records
 
 
 # -----------------------------------------------------------------------------------------------
@@ -821,7 +1204,7 @@ def print_record(record: dict) -> None:
     limits = record["limits"]
     print(f"\n{record['model']} · {record['workload']} · {record['requests']} requests, "
           f"{record['prompt_tokens']:,} prompt and {record['output_tokens']:,} output tokens")
-    rows = [["engine", *(title for title, *_ in COLUMNS), "of ceiling"]]
+    rows = [["(times in ms)", *(title for title, *_ in COLUMNS), "of ceiling", "same tokens"]]
     notes = []
     for name, entry in record["engines"].items():
         if "summary" not in entry:
@@ -833,21 +1216,127 @@ def print_record(record: dict) -> None:
         rate = summary["output_throughput"]
         cells[0] += f" ({rate['min']:,.0f}-{rate['max']:,.0f})" if len(entry["runs"]) > 1 else ""
         share = summary["share_of_ceiling"]
-        rows.append([name, *cells, "-" if share is None else f"{share:.0%}"])
+        rows.append([name, *cells, "-" if share is None else f"{share:.0%}",
+                     f"{summary['same_tokens']['share']:.0%}"])
         if any(run["was_cut"] for run in entry["runs"]):
             done = statistics.median(run["output_tokens"] for run in entry["runs"])
             notes.append(f"{name} was cut at its time limit after {done:,.0f} of "
                          f"{record['output_tokens']:,} tokens: the rates are of what it did")
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  " + "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w)
-                               for i, (cell, w) in enumerate(zip(row, widths))))
+    print_table(rows)
     for note in notes:
         print("  " + note)
     if record["ceiling_output_throughput"]:
         print(f"  ceiling {record['ceiling_output_throughput']:,.0f} output tok/s: weights "
               f"{limits['weight_bytes'] / 1e6:,.1f} MB a pass and {limits['kv_bytes_per_token']:,} "
               f"bytes a cached token, at {limits['bandwidth'] / 1e9:.1f} GB/s")
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """Columns as wide as they need; the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  " + "  ".join(cell.rjust(w) if i else cell.ljust(w)
+                               for i, (cell, w) in enumerate(zip(row, widths))))
+
+
+def print_ablation(record: dict) -> None:
+    """A feature with and without, figure by figure."""
+    case, (on, off) = record["ablation"], record["engines"].values()
+    print(f"\n{case['feature']} · {record['model']} · {record['workload']}, "
+          f"{record['requests']} requests\n  with {case['on'] or 'defaults'}, "
+          f"without {case['off'] or 'defaults'}")
+    if "summary" not in on or "summary" not in off:
+        print(f"  failed: {on['error'] or off['error']}")
+        return
+    rows = [["", "with", "without", "without / with"]]
+    for name in case["figures"]:
+        values = [entry["summary"][name]["median"] for entry in (on, off)]
+        is_time = name.startswith(("ttft", "itl", "tpot"))
+        write = (lambda x: f"{x * 1000:,.1f} ms") if is_time else (lambda x: f"{x:,.0f}")
+        ratio = f"{values[1] / values[0]:.2f}" if values[0] else "-"
+        rows.append([name.replace("_", " "), *map(write, values), ratio])
+    rows.append(["same tokens", "", f"{off['summary']['same_tokens']['share']:.0%}", ""])
+    print_table(rows)
+
+
+def print_soak(result: dict, settle: float) -> None:
+    """What happened, and whether memory stayed where it was."""
+    last = result["samples"][-1]
+    print(f"{last['seconds']:.0f} s: {result['requests']:,} requests, {result['finished']:,} "
+          f"finished, {result['aborted']:,} aborted, {result['refused']:,} bad ones refused, "
+          f"{result['streams']:,} streams broken off, {result['preemptions']:,} preemptions, "
+          f"{result['steps']:,} steps, {result['tokens']:,} tokens")
+    print(f"blocks: {result['free_blocks']} of {result['num_blocks']} free at the end, "
+          f"{result['peak_blocks']} in use at the peak")
+    for name in ("rss", "objects", "gpu_allocated", "gpu_reserved"):
+        if name in last:
+            after = [s[name] for s in result["samples"] if s["seconds"] >= settle] or [last[name]]
+            scale, unit = (1, "") if name == "objects" else (1e6, " MB")
+            print(f"{name}: {after[0] / scale:,.1f}{unit} after {settle:.0f} s, "
+                  f"{last[name] / scale:,.1f}{unit} at the end, "
+                  f"strays {drift(result['samples'], name, settle):.2%} at most")
+
+
+def _pyplot():
+    """matplotlib in the notebooks' colours; SystemExit without it."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
+    if "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    sys.path.append(str(ROOT / "nbs"))
+    import figures as palette  # nbs/figures.py
+    palette.use_style()
+    return plt, palette
+
+
+def draw(records: list[dict]):
+    """Throughput, time to first token and inter-token latency: a bar an engine, with the spread."""
+    plt, palette = _pyplot()
+    panels = [("output_throughput", "output tokens/s", 1), ("ttft_p50", "TTFT p50, ms", 1000),
+              ("itl_p99", "ITL p99, ms", 1000)]
+    fig, axes = plt.subplots(len(records), len(panels), squeeze=False,
+                             figsize=(palette.WIDTH, 0.7 + 1.5 * len(records)))
+    for record, row in zip(records, axes):
+        done = {n: e["summary"] for n, e in record["engines"].items() if "summary" in e}
+        for ax, (name, label, scale) in zip(row, panels):
+            for y, summary in enumerate(done.values()):
+                if not (found := summary.get(name)):
+                    continue
+                middle, low, high = (found[k] * scale for k in ("median", "min", "max"))
+                ax.barh(y, middle, color=palette.COLORS[y % 8], height=0.7,
+                        xerr=[[middle - low], [high - middle]], ecolor=palette.INK, capsize=2)
+            if name == "output_throughput" and record["ceiling_output_throughput"] and \
+                    record["ceiling_output_throughput"] < 8 * max(
+                        s[name]["median"] for s in done.values()):
+                ax.axvline(record["ceiling_output_throughput"], color=palette.RED, ls="--", lw=1)
+            ax.set(yticks=range(len(done)), yticklabels=done if ax is row[0] else [],
+                   ylim=(len(done) - 0.4, -0.6), xlabel=label)
+        row[0].set_title(f"{record['model']} · {record['workload']}", fontsize=9)
+    return fig
+
+
+def draw_soak(result: dict, settle: float):
+    """Memory and blocks over the time of a soak."""
+    plt, palette = _pyplot()
+    samples = result["samples"]
+    x = [s["seconds"] for s in samples]
+    names = [n for n in ("rss", "gpu_allocated", "gpu_reserved") if n in samples[-1]]
+    fig, axes = plt.subplots(len(names) + 1, 1, sharex=True,
+                             figsize=(palette.WIDTH, 1.4 * (len(names) + 1)))
+    for ax, name in zip(axes, names):
+        y = [s[name] / 1e6 for s in samples]
+        base = next((v for t, v in zip(x, y) if t >= settle), y[-1])
+        ax.axhspan(base * 0.98, base * 1.02, color=palette.tint(palette.GREEN, 0.7), lw=0)
+        ax.plot(x, y, color=palette.BLUE)
+        ax.set(ylabel="MB", ylim=(0, max(y) * 1.15),
+               title=f"{name.replace('_', ' ')} (green: 2% around its value at {settle:.0f} s)")
+    axes[-1].plot(x, [s["used_blocks"] for s in samples], color=palette.ORANGE, lw=1)
+    axes[-1].set(xlabel="seconds", ylabel="blocks", ylim=(0, None),
+                 title=f"blocks in use, of {result['num_blocks']}")
+    return fig
 
 
 # -----------------------------------------------------------------------------------------------
@@ -858,48 +1347,60 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--engines", nargs="+", choices=ENGINES, default=["nanovllm", "hf"], metavar="ENGINE",
-        help="who is measured: " + ", ".join(ENGINES) + " (default: nanovllm hf)")
-    add("--workload", nargs="+", choices=WORKLOADS, default=["nano-vllm"], metavar="NAME",
-        help="what they are asked: " + ", ".join(WORKLOADS) + " (default: nano-vllm)")
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--engines", nargs="*", choices=ENGINES, default=["nanovllm", "hf"], metavar="ENGINE",
+        help=", ".join(ENGINES) + " (default: nanovllm hf)")
+    add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME",
+        help=", ".join(WORKLOADS) + " (default: nano-vllm)")
+    add("--ablate", action="store_true", help="this engine with each feature switched off in turn")
+    add("--soak", type=float, metavar="MINUTES", help="random requests, aborts and bad requests "
+        "for so long: does it lose memory or blocks?")
+    add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="a checkpoint (default: the bundled demo model)")
-    add("--shape", choices=SHAPES, help="a model with random weights: " + ", ".join(SHAPES))
+    add("--shape", choices=SHAPES, help="random weights: " + ", ".join(SHAPES))
     add("--layers", type=int, metavar="N", help="with --shape: only so many layers")
     add("--device", default="cpu", help='"cpu" (default) or "cuda"')
-    add("--threads", type=int, metavar="N", help="CPU threads of each engine (default: torch's own "
-        "choice, but 1 for the demo model, for which a second one only costs)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
-    add("--scale", type=float, default=0.1, help="size of the workloads: 1 is full size, 256 "
-        "requests of 100 to 1024 tokens in and out (default 0.1)")
+    add("--threads", type=int, metavar="N", help="CPU threads of each engine (default: PyTorch's "
+        "choice, but 1 for the demo model: it is so small that a second only costs)")
+    add = parser.add_argument_group("workload").add_argument
+    add("--scale", type=float, default=0.1, help="1 is full size, 256 requests of 100 to 1024 "
+        "tokens in and out; less makes them fewer and shorter (default 0.1)")
     add("--requests", type=int, metavar="N", help="so many requests, whatever --scale says")
     add("--rate", type=float, default=4.0, help="poisson: arrivals a second (default 4)")
     add("--seed", type=int, default=0)
-    add("--runs", type=int, default=3, help="how often each engine runs each workload (default 3)")
+    add("--runs", type=int, default=3, help="runs of each workload by each engine (default 3)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     add("--limit", type=float, default=300.0, metavar="SECONDS",
         help="cut a run after so long (default 300); its rates are then of what it did")
-    add("--hf-batch", type=int, default=8, metavar="N", help="hf: rows of a batch (default 8)")
+    add = parser.add_argument_group("engines").add_argument
     add("--set", action="append", default=[], metavar="KEY=VALUE",
         help="a setting of this engine, for all its configurations; may be given several times")
     add("--config", action="append", default=[], metavar="NAME:KEY=VALUE,...",
-        help="a further configuration of this engine, e.g. eager:enforce_eager=True")
+        help="a further configuration of this engine, e.g. eager:enforce_eager=True; "
+        "static_batch=8 serves eight at a time, each batch to its end")
+    add("--rows", type=int, default=8, metavar="N", help="--ablate: rows of a batch (default 8)")
+    add("--hf-batch", type=int, default=8, metavar="N", help="hf: rows of a batch (default 8)")
+    add("--vllm-python", metavar="PATH", help="the Python of an environment that has vLLM")
+    add("--vllm-set", action="append", default=[], metavar="KEY=VALUE", help="a setting of vLLM")
+    add("--nano-vllm", metavar="FOLDER", help="a checkout of GeeeekExplorer/nano-vllm")
     add("--keep", action=argparse.BooleanOptionalAction, help="keep all engines loaded between "
         "runs (default: on a CPU; a GPU holds one at a time)")
+    add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write every figure to this file")
+    add("--plot", metavar="FILE", help="draw the figures into this file (.png, .svg)")
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
-    if args.keep is None:
-        args.keep = not args.device.startswith("cuda")
-    for name in ("scale", "rate", "runs", "hf_batch", "limit"):
-        if getattr(args, name) <= 0:
+    args.keep = args.device == "cpu" if args.keep is None else args.keep
+    for name in ("scale", "rate", "runs", "hf_batch", "rows", "limit", "soak", "threads", "layers"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     if args.requests is not None and args.requests < 2:
         parser.error("--requests must be at least 2")
-    if args.threads is None and not (args.model or args.shape) and args.device == "cpu":
-        args.threads = 1
     if args.model and args.shape:
         parser.error("give --model or --shape, not both")
+    if args.model and not (Path(args.model) / "config.json").is_file():
+        parser.error(f"--model: {args.model} holds no config.json")
     try:
         engine_list(args)
     except ValueError as error:
@@ -907,37 +1408,89 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def models_and_workloads(args, folder: Path) -> list[tuple[Model, str, float, int | None]]:
+    """What to run: as asked, or a short tour of two models if nothing was said."""
+    def shape(name, dtype):
+        return Model(str(make_model_folder(name, folder, args.layers)), f"{name} (random weights)",
+                     is_dummy=True, dtype=dtype)
+
+    demo = Model(str(ROOT / "nanovllm" / "demo_model"), DEMO_TITLE, dtype=args.dtype)
+    if not (args.model or args.shape or args.workload):
+        small = shape("qwen3-0.6b", "bfloat16")
+        return [*((demo, name, args.scale, args.requests) for name in WORKLOADS),
+                (small, "nano-vllm", args.scale / 4, 8), (small, "decode", args.scale / 4, 8)]
+    model = demo
+    if args.model:
+        model = Model(args.model, Path(args.model).name, dtype=args.dtype)
+    elif args.shape:
+        model = shape(args.shape, args.dtype)
+    return [(model, name, args.scale, args.requests) for name in args.workload or ["nano-vllm"]]
+
+
+def run_soak(args, model: Model) -> dict:
+    """The soak in a worker, with a progress bar."""
+    from tqdm import tqdm
+    seconds = args.soak * 60
+    worker = Worker(threads=args.threads or 1)
+    try:
+        with tqdm(total=round(seconds), desc="soak", unit="s", disable=args.quiet) as bar:
+            return worker.ask(lambda now: bar.update(now - bar.n), do="soak", model=model.folder,
+                              patience=seconds + 300, device=args.device, dtype=model.dtype,
+                              is_dummy=model.is_dummy, seconds=seconds, seed=args.seed,
+                              settings=engine_list(args).get("nanovllm", ("", {}))[1])
+    finally:
+        worker.close()
+
+
+def print_limits(limits: dict) -> None:
+    """The machine, in a line."""
+    threads = f", {limits['threads']} thread(s)" if limits["threads"] else ""
+    print(f"{limits['device_name']}{threads}, {limits['dtype']}, torch {limits['torch']}, "
+          f"transformers {limits['transformers']}, memory {limits['bandwidth'] / 1e9:.1f} GB/s")
+
+
+def run_workloads(args, plan) -> list[dict]:
+    """All of the plan, printed as it is measured."""
+    records = []
+    for model in dict.fromkeys(id(model) for model, *_ in plan):
+        todo = [(m, *rest) for m, *rest in plan if id(m) == model]
+        with Bench(args, todo[0][0], engine_list(args)) as bench:
+            print_limits(bench.model.limits)
+            for _, workload, scale, requests in todo:
+                records.append(bench.run(workload, scale, requests))
+                print_record(records[-1])
+        print()
+    return records
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     args = parse_args(argv)
+    report = {"command": ["bench.py", *(sys.argv[1:] if argv is None else argv)]}
     with tempfile.TemporaryDirectory(prefix="nanovllm-bench-") as folder:
-        if args.shape:
-            model = str(make_model_folder(args.shape, Path(folder), args.layers))
-            title = f"{args.shape} (random weights)"
-        else:
-            model = args.model or str(ROOT / "nanovllm" / "demo_model")
-            title = Path(model).name if args.model else "demo model"
-        bench = None
+        plan = models_and_workloads(args, Path(folder))
         try:
-            bench = Bench(args, model, bool(args.shape), title, Path(folder))
-            limits = bench.limits
-            threads = f", {limits['threads']} threads" if limits["threads"] else ""
-            print(f"{limits['device_name']}{threads}, {limits['dtype']}, torch {limits['torch']}, "
-                  f"transformers {limits['transformers']}; "
-                  f"memory {limits['bandwidth'] / 1e9:.1f} GB/s")
-            records = bench.run(args.workload)
+            if args.soak:
+                settle = min(60.0, args.soak * 15)
+                result = report["soak"] = {**run_soak(args, plan[0][0]), "settle": settle}
+                print_soak(result, settle)
+                figure = draw_soak(result, settle) if args.plot else None
+            elif args.ablate:
+                records = report["ablations"] = run_ablations(args, plan[0][0])
+                figure = draw(records) if args.plot else None
+            else:
+                records = report["records"] = run_workloads(args, plan)
+                figure = draw(records) if args.plot else None
         except (ValueError, WorkerError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        finally:
-            if bench:
-                bench.close()
-    for record in records:
-        print_record(record)
     if args.json:
-        Path(args.json).write_text(json.dumps({"command": sys.argv[1:], "records": records},
-                                              indent=1))
-    return 1 if bench.errors else 0
+        Path(args.json).write_text(json.dumps(report, indent=1))
+    if figure is not None:
+        figure.savefig(args.plot)
+    entries = [entry for record in report.get("records", report.get("ablations", []))
+               for entry in record["engines"].values()]
+    return 1 if any(entry["error"] for entry in entries) else 0
 
 
 if __name__ == "__main__":
