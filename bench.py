@@ -35,7 +35,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "nano-vllm")
 DEMO_TITLE = "demo model"
-MOST_TOKENS_OF_A_REQUEST = 8192 + 256  # of any workload at full size
 WORKLOADS = ("nano-vllm", "decode", "shared-prefix", "long-prompt", "poisson")
 
 # -----------------------------------------------------------------------------------------------
@@ -135,6 +134,11 @@ def make_workload(name: str, scale: float = 1.0, seed: int = 0, run: int = 0, vo
             due += rng.expovariate(rate)
         return out
     raise ValueError(f"workload {name!r} is unknown, choose one of {', '.join(WORKLOADS)}")
+
+
+def longest_request(requests: list[dict]) -> int:
+    """Tokens of the longest, prompt and completion together."""
+    return max(len(r["prompt"]) + r["max_tokens"] for r in requests)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -680,8 +684,8 @@ def measure_bandwidth(device: str) -> float:
     size = 2**30 if on_gpu else 2**28
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source) if on_gpu else None
-    best = float("inf")
-    for _ in range(12):
+    best, until = float("inf"), time.perf_counter() + 1.5
+    while time.perf_counter() < until:
         if on_gpu:
             torch.cuda.synchronize(device)
         start = time.perf_counter()
@@ -748,8 +752,9 @@ def soak(model: str, device: str, dtype: str, is_dummy: bool, seconds: float, se
     unit = max(1, manager.block_size // 16)  # lengths in proportion to the blocks
     vocab = min(1000, llm.config.hf_config.vocab_size)
     prefixes = [[rng.randrange(vocab) for _ in range(n * unit)] for n in (0, 20, 60, 110)]
-    bad = [([], {}), ([vocab + 10**9], {}), ([1] * 10**6, {}), ("text" * 10**6, {}), (3.5, {}),
-           ([1, "two"], {}), ([1, 2], {"max_tokens": 0}), ([1, 2], {"temperature": -1})]
+    too_long = manager.num_blocks * manager.block_size + 1
+    bad = [([], {}), ([10**9], {}), ([1] * too_long, {}), (3.5, {}), ([1, "two"], {}),
+           ([1, 2], {"max_tokens": 0}), ([1, 2], {"temperature": -1}), ([1, 2], {"top_p": 2})]
     active, counts = set(), dict.fromkeys(
         ("requests", "finished", "aborted", "refused", "streams", "tokens"), 0)
     samples, start = [], time.perf_counter()
@@ -984,7 +989,8 @@ class Model:
 class Bench:
     """One model and some engines: asks them in turn, and keeps every figure."""
 
-    def __init__(self, args, model: Model, engines: dict[str, tuple[str, dict]]):
+    def __init__(self, args, model: Model, engines: dict[str, tuple[str, dict]],
+                 max_model_len: int = 4096):
         self.args, self.model, self.engines = args, model, engines
         self.threads = args.threads
         if self.threads is None and args.device == "cpu" and model.title == DEMO_TITLE:
@@ -998,6 +1004,7 @@ class Bench:
             finally:
                 asker.close()
         self.vocab = min(10000, model.limits["vocab"])
+        self.max_model_len = min(max_model_len, model.limits["max_model_len"])
 
     def __enter__(self):
         return self
@@ -1010,7 +1017,7 @@ class Bench:
         if worker := self.workers.pop(name, None):
             worker.close()
 
-    def _open(self, name: str, max_model_len: int) -> Worker:
+    def _open(self, name: str) -> Worker:
         """The engine's worker, with the engine loaded and warm."""
         if name not in self.workers:
             kind, settings = self.engines[name]
@@ -1020,7 +1027,7 @@ class Bench:
             loaded = worker.ask(do="open", engine=kind, model=model.folder, device=args.device,
                                 dtype=model.limits["dtype"],  # "auto" means other things to others
                                 is_dummy=model.is_dummy, settings=settings,
-                                max_model_len=max_model_len, hf_batch=args.hf_batch,
+                                max_model_len=self.max_model_len, hf_batch=args.hf_batch,
                                 source=args.nano_vllm)
             self.loads[name] = loaded["load_seconds"]
             warm_up = make_workload("poisson", 0.1, -1, 0, self.vocab, requests=4, rate=1e9)
@@ -1029,14 +1036,12 @@ class Bench:
 
     def run(self, workload: str, scale: float, requests: int | None = None) -> dict:
         """One workload, `runs` times, the engines in alternating order: a record of it."""
-        args, limit = self.args, self.model.limits["max_model_len"]
+        args, limit = self.args, self.max_model_len
         asked = [make_workload(workload, scale, args.seed, run, self.vocab, requests, args.rate)
                  for run in range(args.runs)]
-        longest = max(len(r["prompt"]) + r["max_tokens"] for r in asked[0])
-        if longest >= limit:
+        if (longest := longest_request(asked[0])) >= limit:
             raise ValueError(f"workload {workload}: a request of {longest} tokens does not fit "
                              f"into the {limit} of {self.model.title}; lower --scale")
-        need = min(max(4096, MOST_TOKENS_OF_A_REQUEST), limit)
         runs, outputs, errors = {name: [] for name in self.engines}, {}, {}
         for run in range(args.runs):
             names = list(self.engines)
@@ -1045,7 +1050,7 @@ class Bench:
                     continue
                 title = f"{self.model.title}, {workload}, run {run + 1}/{args.runs}, {name}"
                 try:
-                    result = self._run_one(name, title, asked[run], need)
+                    result = self._run_one(name, title, asked[run])
                 except WorkerError as error:
                     errors[name] = str(error)
                     print(f"{title}: failed: {error}", file=sys.stderr)
@@ -1056,14 +1061,14 @@ class Bench:
                     self._close(name)
         return self._record(workload, scale, asked[0], runs, outputs, errors)
 
-    def _run_one(self, name: str, title: str, requests: list[dict], max_model_len: int) -> dict:
+    def _run_one(self, name: str, title: str, requests: list[dict]) -> dict:
         """One engine, one run, with a progress bar."""
         from tqdm import tqdm
         total = sum(r["max_tokens"] for r in requests)
         with tqdm(total=total, desc=title, unit="token", leave=False, dynamic_ncols=True,
                   disable=self.args.quiet) as bar:
             try:
-                worker = self._open(name, max_model_len)
+                worker = self._open(name)
             except WorkerError as error:
                 self.broken[name] = str(error)
                 raise
@@ -1091,8 +1096,10 @@ class Bench:
                 pairs = [pair for run in range(self.args.runs) if (name, run) in outputs
                          and (first, run) in outputs
                          for pair in zip(outputs[first, run], outputs[name, run])]
-                summary["same_tokens"] = {"as": first, "share": sum(
-                    a == b for a, b in pairs) / max(1, len(pairs))}
+                share = sum(a == b for a, b in pairs) / max(1, len(pairs))
+                if self.model.is_dummy and kind != self.engines[first][0]:
+                    share = None  # each engine draws random weights of its own
+                summary["same_tokens"] = {"as": first, "share": share}
             record["engines"][name] = entry
         return record
 
@@ -1139,7 +1146,7 @@ def ablations(device: str, scale: float, rows: int) -> list[dict]:
              off=dict(enable_prefix_caching=False),
              figures=["computed_tokens", "peak_blocks", "ttft_p50", "output_throughput"]),
         dict(feature="continuous batching", workload="nano-vllm", on=dict(max_num_seqs=rows),
-             off=dict(max_num_seqs=rows, static_batch=rows),
+             off=dict(max_num_seqs=rows, static_batch=rows), requests=6 * rows,
              figures=["steps", "ttft_p50", "output_throughput"]),
         dict(feature="chunked prefill", workload="long-prompt",
              on=dict(max_num_batched_tokens=max(32, long_prompt // 16)), off={},
@@ -1171,8 +1178,11 @@ def run_ablations(args, model: Model, say=print) -> list[dict]:
         common = engine_list(args).get("nanovllm", ("nanovllm", {}))[1]
         engines = {"with": ("nanovllm", {**common, **case["on"]}),
                    "without": ("nanovllm", {**common, **case["off"]})}
-        with Bench(args, model, engines) as bench:
-            record = bench.run(case["workload"], args.scale, args.requests)
+        requests = args.requests or case.get("requests")
+        most = longest_request(make_workload(case["workload"], args.scale, args.seed,
+                                             requests=requests))
+        with Bench(args, model, engines, max(4096, most + 1)) as bench:
+            record = bench.run(case["workload"], args.scale, requests)
         records.append({**record, "ablation": case})
         print_ablation(records[-1])
     return records
@@ -1199,6 +1209,10 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:,.1f}" if seconds < 1 else f"{seconds * 1000:,.0f}"
 
 
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.0%}"
+
+
 def print_record(record: dict) -> None:
     """A workload's table: medians, and the spread of the throughput."""
     limits = record["limits"]
@@ -1215,9 +1229,8 @@ def print_record(record: dict) -> None:
                  for _, key, write in COLUMNS]
         rate = summary["output_throughput"]
         cells[0] += f" ({rate['min']:,.0f}-{rate['max']:,.0f})" if len(entry["runs"]) > 1 else ""
-        share = summary["share_of_ceiling"]
-        rows.append([name, *cells, "-" if share is None else f"{share:.0%}",
-                     f"{summary['same_tokens']['share']:.0%}"])
+        rows.append([name, *cells, _share(summary["share_of_ceiling"]),
+                     _share(summary["same_tokens"]["share"])])
         if any(run["was_cut"] for run in entry["runs"]):
             done = statistics.median(run["output_tokens"] for run in entry["runs"])
             notes.append(f"{name} was cut at its time limit after {done:,.0f} of "
@@ -1255,7 +1268,7 @@ def print_ablation(record: dict) -> None:
         write = (lambda x: f"{x * 1000:,.1f} ms") if is_time else (lambda x: f"{x:,.0f}")
         ratio = f"{values[1] / values[0]:.2f}" if values[0] else "-"
         rows.append([name.replace("_", " "), *map(write, values), ratio])
-    rows.append(["same tokens", "", f"{off['summary']['same_tokens']['share']:.0%}", ""])
+    rows.append(["same tokens", "", _share(off["summary"]["same_tokens"]["share"]), ""])
     print_table(rows)
 
 
@@ -1278,11 +1291,8 @@ def print_soak(result: dict, settle: float) -> None:
 
 
 def _pyplot():
-    """matplotlib in the notebooks' colours; SystemExit without it."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise SystemExit("error: --plot needs matplotlib: pip install matplotlib") from None
+    """matplotlib in the notebooks' colours."""
+    import matplotlib
     if "matplotlib.pyplot" not in sys.modules:
         matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -1401,6 +1411,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("give --model or --shape, not both")
     if args.model and not (Path(args.model) / "config.json").is_file():
         parser.error(f"--model: {args.model} holds no config.json")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     try:
         engine_list(args)
     except ValueError as error:
@@ -1454,7 +1466,9 @@ def run_workloads(args, plan) -> list[dict]:
     records = []
     for model in dict.fromkeys(id(model) for model, *_ in plan):
         todo = [(m, *rest) for m, *rest in plan if id(m) == model]
-        with Bench(args, todo[0][0], engine_list(args)) as bench:
+        most = max(longest_request(make_workload(name, scale, args.seed, requests=requests))
+                   for _, name, scale, requests in todo)
+        with Bench(args, todo[0][0], engine_list(args), max(4096, most + 1)) as bench:
             print_limits(bench.model.limits)
             for _, workload, scale, requests in todo:
                 records.append(bench.run(workload, scale, requests))
