@@ -634,13 +634,14 @@ def print_soak(result: dict, settle: float) -> None:
           f"{result['steps']:,} steps, {result['tokens']:,} tokens")
     print(f"blocks: {result['free_blocks']} of {result['num_blocks']} free at the end, "
           f"{result['peak_blocks']} in use at the peak")
-    for name in ("rss", "objects", "gpu_allocated", "gpu_reserved"):
+    after = next((s for s in result["samples"] if s["seconds"] >= settle), last)
+    for name in ("rss", "gpu_allocated", "gpu_reserved"):
         if name in last:
-            after = [s[name] for s in result["samples"] if s["seconds"] >= settle] or [last[name]]
-            scale, unit = (1, "") if name == "objects" else (1e6, " MB")
-            print(f"{name}: {after[0] / scale:,.1f}{unit} after {settle:.0f} s, "
-                  f"{last[name] / scale:,.1f}{unit} at the end, "
+            print(f"{name}: {after[name] / 1e6:,.1f} MB after {settle:.0f} s, "
+                  f"{last[name] / 1e6:,.1f} MB at the end, "
                   f"strays {drift(result['samples'], name, settle):.2%} at most")
+    print(f"Python objects since the start: {after['objects']:,} after {settle:.0f} s, with "
+          f"{after['active']} requests under way, {last['objects']:,} at the end, with none")
 
 
 def _pyplot():

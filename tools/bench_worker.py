@@ -559,6 +559,8 @@ def soak(model: str, device: str, dtype: str, is_dummy: bool, seconds: float, se
     active, counts = set(), dict.fromkeys(
         ("requests", "finished", "aborted", "refused", "streams", "tokens"), 0)
     samples, start = [], time.perf_counter()
+    gc.collect()
+    gc.freeze()  # what is there now is not looked at again: only what comes from here on counts
 
     def params() -> SamplingParams:
         return SamplingParams(
