@@ -92,7 +92,7 @@ def _lengths_like_nano_vllm(n: int, low: int, high: int, seed: int) -> tuple[lis
     return prompts, [rng.randint(low, high) for _ in range(n)]
 
 
-def make_workload(name: str, scale: float = 1.0, seed: int = 0, run: int = 0, vocab: int = 10000,
+def make_workload(name: str, scale: float = 1.0, seed: int = 0, run: int = 0, vocab: int = 1000,
                   requests: int | None = None, rate: float = 4.0) -> list[dict]:
     """The requests of a workload; lengths depend on `seed` alone, token ids on `run` too.
 
