@@ -490,7 +490,7 @@ def probe(model: str, device: str, dtype: str) -> dict:
     is_sparse = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
     on_gpu = device.startswith("cuda")
     return {
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": None if on_gpu else torch.get_num_threads(), "torch": torch.__version__,
         "transformers": __import__("transformers").__version__, "python": sys.version.split()[0],
         "dtype": str(dtype).replace("torch.", ""), "vocab": config.vocab_size,
@@ -500,7 +500,8 @@ def probe(model: str, device: str, dtype: str) -> dict:
         "kv_bytes_per_token": kv * dtype.itemsize}
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the machine calls it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
