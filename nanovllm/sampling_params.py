@@ -17,6 +17,8 @@ class SamplingParams:
     ignore_eos: bool = False          # go on past the end of sequence (benchmarks)
     stop: str | tuple[str, ...] = ()  # texts that end the completion; not part of it
     seed: int | None = None           # a stream of its own: the same tokens whatever else runs
+    logprobs: int | None = None       # of each token: its log-probability, and the k likeliest's
+    prompt_logprobs: int | None = None  # the same for the tokens of the prompt
 
     def __post_init__(self):
         stop = () if self.stop is None else self.stop
@@ -36,3 +38,8 @@ class SamplingParams:
             raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
         if self.seed is not None and not isinstance(self.seed, int):
             raise ValueError(f"seed must be a whole number or None, got {self.seed!r}")
+        for name in ("logprobs", "prompt_logprobs"):
+            k = getattr(self, name)
+            if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
+                raise ValueError(f"{name} must be a whole number, 0 for the token's own alone, or "
+                                 f"None, got {k!r}")

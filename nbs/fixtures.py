@@ -4,8 +4,11 @@ A random checkpoint with tied embeddings and the usual initialisation repeats on
 whatever is broken. These do not: their weights are larger, and their norm weights are not all 1.
 """
 
+import importlib.util
+import sys
 import tempfile
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import torch
 
@@ -31,12 +34,23 @@ def randomize(model, seed=0):
     return model.eval()
 
 
+FAMILIES = {"qwen3": "Qwen3", "llama": "Llama", "qwen2": "Qwen2", "mistral": "Mistral",
+            "qwen3_moe": "Qwen3Moe"}
+EXTRA = {  # what only some families' configs know
+    "mistral": dict(sliding_window=None),
+    "qwen3_moe": dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24,
+                      norm_topk_prob=True),
+}
+
+
 def make_hf_model(family="qwen3", seed=0, **shape):
     """A small random transformers model, fp32; `shape` overrides parts of SHAPE."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
-    configs = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}
-    config_class, model_class = configs[family]
-    config = config_class(**{**SHAPE, "dtype": "float32", **shape})
+    import transformers
+    config_class = getattr(transformers, FAMILIES[family] + "Config")
+    model_class = getattr(transformers, FAMILIES[family] + "ForCausalLM")
+    settings = {**SHAPE, **EXTRA.get(family, {}), "dtype": "float32", **shape}
+    settings["rope_parameters"] = dict(settings["rope_parameters"])  # transformers writes into it
+    config = config_class(**settings)
     model = randomize(model_class(config), seed)
     model.generation_config.eos_token_id = None  # nothing ends early: every token is compared
     return model
@@ -63,3 +77,12 @@ def hf_generate(model, prompt, max_new_tokens):
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
                          do_sample=False)
     return out[0, len(prompt):].tolist()
+
+
+def define_kernels():
+    """Whether Triton is here. Where it is not, kernels can be defined all the same, and not run."""
+    if importlib.util.find_spec("triton") is not None:
+        return True
+    for name in ("triton", "triton.language"):
+        sys.modules[name] = MagicMock(jit=lambda kernel: kernel, __spec__=None)
+    return False

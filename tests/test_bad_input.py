@@ -52,6 +52,11 @@ def set_tensors(folder, change):
     save_file({name: t.clone() for name, t in tensors.items()}, file, metadata={"format": "pt"})
 
 
+def make_adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+
+
 NORM = "model.layers.1.self_attn.q_norm.weight"
 SPOIL = {
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
@@ -66,10 +71,19 @@ SPOIL = {
     "architecture": (lambda f: set_config(f, architectures=["NopeForCausalLM"]),
                      "NopeForCausalLM.*Qwen3ForCausalLM"),
     "quantised": (lambda f: set_config(f, quantization_config={"quant_method": "fp8"}),
-                  "quantised.*unquantised"),
-    "sliding": (lambda f: set_config(f, use_sliding_window=True), "use_sliding_window"),
+                  "quantised .fp8.*use the original"),
+    "old gptq": (lambda f: (f / "quantize_config.json").write_text("{}"),
+                 "quantised checkpoint.*give the original"),
+    "adapter": (lambda f: make_adapter(f), "an adapter.*merge it"),
+    "gguf": (lambda f: (f / "model.safetensors").rename(f / "model.gguf"),
+             "GGUF.*give the original"),
+    "sliding": (lambda f: set_config(f, use_sliding_window=True, sliding_window=16,
+                                     max_window_layers=0, layer_types=None),
+                "max_model_len=40.*sliding_window=16.*choose 16"),
+    "activation": (lambda f: set_config(f, hidden_act="gelu"), "hidden_act 'gelu'.*only 'silu'"),
     "rope": (lambda f: set_config(f, rope_parameters={
-        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}), "rope_type 'yarn'.*default"),
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "long_factor": [1.0] * 8,
+        "short_factor": [1.0] * 8}), "rope_type 'longrope'.*default"),
 }
 
 
@@ -79,6 +93,11 @@ def test_bad_checkpoint(kind, checkpoint):
     spoil(checkpoint)
     with pytest.raises(ValueError, match=f"(?s){complaint}"):
         LLM(checkpoint, **SMALL)
+
+
+def test_a_file_is_no_checkpoint(checkpoint):
+    with pytest.raises(ValueError, match="is a file.*Give the folder"):
+        LLM(checkpoint / "model.safetensors")
 
 
 def test_missing_folder(tmp_path):
@@ -92,7 +111,7 @@ def test_missing_folder(tmp_path):
     ("dtype", "fp32"), ("dtype", "int8"), ("dtype", None), ("device", "gpu"), ("device", "meta"),
     ("device", None), ("attention_backend", "nope"), ("load_format", "gguf"),
     ("tensor_parallel_size", 3), ("max_model_len", 0), ("max_num_batched_tokens", 0),
-    ("max_num_seqs", "a"), ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
+    ("max_num_seqs", "a"), ("revision", 1), ("revision", "main"), ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
 def test_bad_setting(name, value, good):
     with pytest.raises(ValueError, match=name):
         LLM(good[0], **{**SMALL, name: value})
@@ -106,7 +125,7 @@ def test_unknown_setting(good):
 @pytest.mark.parametrize("name, value", [
     ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5),
     ("top_k", -1), ("max_tokens", 0), ("stop", ""), ("stop", ("a", "")), ("stop", 5),
-    ("seed", "x")])
+    ("seed", "x"), ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 1.5)])
 def test_bad_sampling_parameter(name, value):
     with pytest.raises(ValueError, match=f"^{name} must"):
         SamplingParams(**{name: value})

@@ -108,10 +108,11 @@ class BlockManager:
     def match_prefix(self, seq: Sequence) -> list[Block]:
         """Blocks that already hold the beginning of this sequence, in order.
 
-        The last token is never matched: the model must run on it to say what comes next.
+        The last token is never matched: the model must run on it to say what comes next. Nor is
+        anything for a request that wants the log-probabilities of its whole prompt.
         """
         hits = []
-        if self.enable_prefix_caching:
+        if self.enable_prefix_caching and seq.sampling_params.prompt_logprobs is None:
             for index in range((len(seq) - 1) // self.block_size):
                 digest = self._digest(seq, index)
                 block = self.cached_blocks.get(digest) or self.pending_blocks.get(digest)

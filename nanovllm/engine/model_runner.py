@@ -4,18 +4,23 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "CPU_CACHE_BYTES", "DTYPES", "MODEL_OPTIMIZERS", "RUNNERS", "resolve_device", "resolve_dtype",
-    "ModelRunner", "get_runner_class", "pack_step", "unpack_step", "ParallelModelRunner",
-    "rank_device", "TensorParallelRunner",
+    "ModelRunner", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
+    "GraphModelRunner", "pack_step", "unpack_step", "ParallelModelRunner", "rank_device",
+    "TensorParallelRunner",
 ]
 
 import dataclasses
+import importlib.util
 import os
 import signal
-from contextlib import contextmanager
+from bisect import bisect_left
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from tqdm.auto import tqdm
 
 from ..config import Config
 from ..layers.attention import Attention, get_attention_backend
@@ -189,18 +194,30 @@ class ModelRunner:
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
                 samples: list[int]) -> torch.Tensor:
-        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
-        hidden = self.forward(input_ids, positions, context)
-        last = context.cu_seqlens_q[1:].long() - 1     # each row's last new token
-        return self.model.compute_logits(hidden[last[samples]])
+        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it.
+
+        Without tokens: logits of other tokens of the step before.
+        """
+        if len(input_ids):
+            self.hidden = None                         # two steps' need not exist at once
+            self.hidden = self.forward(input_ids, positions, context)
+        return self.model.compute_logits(self.hidden[samples])
 
     def close(self) -> None:
         """End what the runner started; a runner of one process started nothing."""
 
     def run(self, batch: list[ScheduledRow]) -> torch.Tensor:
         """One step: the logits [S, vocab] of the S rows that sample, in the order of the batch."""
-        samples = [i for i, row in enumerate(batch) if row.samples]  # others are not due yet
+        ends = accumulate(row.num_new_tokens for row in batch)
+        samples = [end - 1 for row, end in zip(batch, ends) if row.samples]  # others are not due
         return self.execute(*self.prepare_input(batch), samples)
+
+    def more_logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [N, vocab] of these tokens of the packed batch that ran last."""
+        none = torch.empty(0, dtype=torch.int32)
+        nothing = Context(cu_seqlens_q=torch.zeros(1, dtype=torch.int32), max_seqlen_q=0,
+                          context_lens=none, slot_mapping=none, block_tables=none.view(0, 0))
+        return self.execute(none, none, nothing, tokens)
 
 
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices
@@ -213,6 +230,188 @@ def get_runner_class(config: Config) -> type[ModelRunner]:
         raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size}: no runner splits a "
                          "model over devices yet; use 1")
     return RUNNERS[kind]
+
+
+def _fuse(model: torch.nn.Module) -> torch.nn.Module:
+    """`fuse` where Triton is there; elsewhere the model as it is."""
+    if importlib.util.find_spec("triton") is None:
+        return model
+    from ..layers.fused import fuse
+    return fuse(model)
+
+
+MODEL_OPTIMIZERS["cuda"] = _fuse
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes to record: 1, 2, 4, then every 8, from 256 every 32; the last is the largest."""
+    ladder = [1, 2, 4, *range(8, 256, 8), *range(256, max_num_seqs, 32)]
+    return [size for size in ladder if size < max_num_seqs] + [max_num_seqs]
+
+
+class StaticInputs:
+    """The input of a decode step of `rows` rows at fixed addresses, which one copy fills.
+
+    host, device: flat int32 memory, which the inputs of other sizes share; width: of block_tables.
+    """
+
+    def __init__(self, host: torch.Tensor, device: torch.Tensor, rows: int, width: int,
+                 max_context_len: int):
+        self.host, self.device = (memory[:rows * (4 + width)] for memory in (host, device))
+        self.here, there = (memory.split([rows, rows, rows, rows, rows * width])
+                            for memory in (self.host, self.device))
+        self.input_ids, self.positions, slots, lens, tables = there
+        self.tables = self.here[4].view(rows, width)
+        self.context = Context(
+            cu_seqlens_q=torch.arange(rows + 1, dtype=torch.int32, device=device.device),
+            max_seqlen_q=1, context_lens=lens, max_context_len=max_context_len, slot_mapping=slots,
+            block_tables=tables.view(rows, width), num_decode_rows=rows)
+
+    def load(self, *step) -> None:
+        """Fill the first rows with a step (input_ids, positions, context); the rest do nothing."""
+        rows = 0
+        self.host.zero_()                    # a padded row has no keys,
+        self.here[2].fill_(-1)               # and writes nowhere
+        if step:
+            input_ids, positions, context = step
+            rows, width = context.block_tables.shape
+            for memory, values in zip(self.here, (input_ids, positions, context.slot_mapping,
+                                                  context.context_lens)):
+                memory[:rows] = values
+            self.tables[:rows, :width] = context.block_tables
+        self.device.copy_(self.host, non_blocking=True)
+
+
+class EagerGraph:
+    """What stands in for a CUDA Graph where there is no GPU: replay runs the step again."""
+
+    def __init__(self, step):
+        self.step, self.hidden = step, step()
+
+    def replay(self) -> None:
+        self.hidden.copy_(self.step())
+
+
+class GraphModelRunner(ModelRunner):
+    """Records the decode step of each batch size once, and replays it from then on."""
+
+    def __init__(self, config: Config):
+        self.recordings = {}                 # batch size -> (graph, its inputs, its output)
+        self.graph_pool = None
+        super().__init__(config)
+        if self.uses_graphs:
+            self.capture_cudagraph()
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether steps are recorded: on a GPU, unless the user or the backend says no."""
+        return (self.device.type == "cuda" and self.backend.supports_graphs
+                and not self.config.enforce_eager)
+
+    def _on_device(self):
+        """Kernels are launched on the current device, which need not be this engine's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor,
+                context: Context) -> torch.Tensor:
+        """A step of decode rows alone is replayed where it was recorded; another is launched."""
+        if context.max_seqlen_q == 1 and self.recordings:
+            if len(input_ids) <= self.recorded_sizes[-1]:
+                return self.replay(input_ids, positions, context)
+        return super().forward(input_ids, positions, context)
+
+    @torch.inference_mode()
+    def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+                samples: list[int]) -> torch.Tensor:
+        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
+        with self._on_device():
+            if len(samples) == len(input_ids):  # a row each: nothing to pick out
+                return self.model.compute_logits(self.forward(input_ids, positions, context))
+            return super().execute(input_ids, positions, context, samples)
+
+    def _peak_bytes(self) -> int:
+        """The largest step's, and what the recordings will take."""
+        with self._on_device():
+            peak = super()._peak_bytes()
+            return peak + (self._graph_bytes() if self.uses_graphs else 0)
+
+    def _decode(self, inputs: StaticInputs) -> torch.Tensor:
+        """The step that is recorded: hidden states [rows, hidden]."""
+        with use_context(inputs.context):
+            return self.model(inputs.input_ids, inputs.positions)
+
+    def _record(self, inputs: StaticInputs) -> tuple:
+        """A graph of the decode step and the tensor in which it leaves its output."""
+        step = partial(self._decode, inputs)
+        if self.device.type != "cuda":
+            graph = EagerGraph(step)
+            return graph, graph.hidden
+        aside = torch.cuda.Stream()          # once for real, so that kernels are compiled and loaded
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            step()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.graph_pool, capture_error_mode="thread_local"):
+            hidden = step()
+        self.graph_pool = graph.pool()       # the next graph computes in the same memory
+        return graph, hidden
+
+    @torch.inference_mode()
+    def capture_cudagraph(self, sizes: list[int] | None = None) -> None:
+        """Record the decode step for each batch size, the largest first.
+
+        sizes: those of `graph_sizes` unless given. Block tables are as wide as max_model_len needs.
+        """
+        config = self.config
+        limit = min(config.max_num_seqs, config.max_num_batched_tokens)
+        sizes = sorted(sizes or graph_sizes(limit), reverse=True)
+        width = -(-config.max_model_len // self.block_size)
+        is_cuda = self.device.type == "cuda"
+        host, device = (torch.zeros(sizes[0] * (4 + width), dtype=torch.int32, **where) for where
+                        in (dict(pin_memory=is_cuda), dict(device=self.device)))
+        with self._on_device():
+            for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
+                inputs = StaticInputs(host, device, rows, width, config.max_model_len)
+                inputs.load()
+                graph, hidden = self._record(inputs)
+                self.recordings[rows] = graph, inputs, hidden
+        self.recorded_sizes = sizes[::-1]
+
+    def replay(self, input_ids: torch.Tensor, positions: torch.Tensor,
+               context: Context) -> torch.Tensor:
+        """Run a decode step of R rows from the smallest recording that holds it: [R, hidden]."""
+        rows = len(input_ids)
+        size = self.recorded_sizes[bisect_left(self.recorded_sizes, rows)]
+        graph, inputs, hidden = self.recordings[size]
+        inputs.load(input_ids, positions, context)
+        graph.replay()
+        return hidden[:rows]
+
+    @torch.inference_mode()
+    def _graph_bytes(self) -> int:
+        """Memory of the recordings, from two of them over a cache of one block, thrown away then.
+
+        The largest has the memory in which all compute; the second shows what each other adds.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, Attention)]
+        shape = (1, self.block_size, layers[0].num_kv_heads, layers[0].head_dim)
+        for layer in layers:
+            layer.bind_kv_cache(self.backend, *torch.zeros(2, *shape, dtype=self.dtype,
+                                                           device=self.device))
+        sizes = graph_sizes(min(self.config.max_num_seqs, self.config.max_num_batched_tokens))
+        free = []
+        for chosen in (sizes[-1:], sizes[-2:-1] or sizes[-1:]):
+            free.append(self._free_memory())
+            self.capture_cudagraph(chosen)
+        first, second = free[0] - free[1], free[1] - self._free_memory()
+        self.recordings.clear()
+        self.graph_pool = None
+        torch.cuda.empty_cache()
+        return max(0, first) + max(0, second) * (len(sizes) - 1)
+
+
+RUNNERS["single"] = GraphModelRunner
 
 
 def pack_step(input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
@@ -239,7 +438,7 @@ def unpack_step(packed: torch.Tensor) -> tuple:
     ), samples.tolist()
 
 
-class ParallelModelRunner(ModelRunner):
+class ParallelModelRunner(GraphModelRunner):
     """One rank's slices of the model and of the KV cache."""
 
     def __init__(self, config: Config, group: TensorParallelGroup):
@@ -251,6 +450,11 @@ class ParallelModelRunner(ModelRunner):
         with torch.device("meta"):
             model = get_model_class(hf_config)(hf_config)
         return parallelize(model, self.group, self.device)
+
+    def _make_model(self) -> torch.nn.Module:
+        model = super()._make_model()
+        self.group.minimum(0)  # all have their weights: a rank that failed is found here, by gloo
+        return model
 
     def _affordable_blocks(self, block_bytes: int) -> int:
         return self.group.minimum(super()._affordable_blocks(block_bytes))
@@ -339,7 +543,21 @@ class TensorParallelRunner(ParallelModelRunner):
         self.workers.check()
         with _interrupt_afterwards(), self._blame_workers():
             self.group.broadcast(pack_step(input_ids, positions, context, samples))
-            return super().execute(input_ids, positions, context, samples)
+            logits = super().execute(input_ids, positions, context, samples)
+            self._wait_for_gpu()
+            return logits
+
+    def _wait_for_gpu(self) -> None:
+        """Until the step is over; RuntimeError as soon as a worker has ended."""
+        if self.device.type != "cuda":
+            return                     # gloo has told already
+        done = torch.cuda.current_stream(self.device).record_event()
+        try:
+            while not done.query():
+                self.workers.check()
+        except RuntimeError:
+            self.group.abort()
+            raise
 
     def close(self) -> None:
         """End the workers: with an empty step, which is the last, where they still listen."""

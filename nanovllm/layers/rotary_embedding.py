@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "ROPE_TYPES", "default_inv_freq", "apply_rotary_emb", "linear_inv_freq", "llama3_inv_freq",
-    "RotaryEmbedding",
+    "yarn_inv_freq", "yarn_attention_factor", "dynamic_inv_freq", "RotaryEmbedding",
 ]
 
 import math
@@ -15,7 +15,7 @@ from torch import nn
 
 def default_inv_freq(head_dim: int, rope: dict) -> torch.Tensor:
     """Frequencies theta^(-2i/D), [D/2] fp32, in radians per position (paper, section 3.2.2)."""
-    return rope["rope_theta"] ** -(torch.arange(0, head_dim, 2).float() / head_dim)
+    return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
 
 
 def apply_rotary_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -36,13 +36,55 @@ def linear_inv_freq(head_dim: int, rope: dict) -> torch.Tensor:
 def llama3_inv_freq(head_dim: int, rope: dict) -> torch.Tensor:
     """Llama 3.1: slow frequencies are stretched by `factor`, fast ones kept, a ramp between."""
     inv_freq = default_inv_freq(head_dim, rope)
-    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    turns = rope["original_max_position_embeddings"] / (2 * math.pi / inv_freq)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: fast, kept; 0: slow, stretched
     return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
 
 
-ROPE_TYPES = {"default": default_inv_freq, "linear": linear_inv_freq, "llama3": llama3_inv_freq}
+def yarn_inv_freq(head_dim: int, rope: dict) -> torch.Tensor:
+    """YaRN (arXiv:2309.00071, section 3.2): a ramp over the pairs, from kept to stretched."""
+    def pair_with(turns: float) -> float:
+        """The pair, a fraction, that turns so often within the original context."""
+        length = rope["original_max_position_embeddings"]
+        return (head_dim * math.log(length / (turns * 2 * math.pi))
+                / (2 * math.log(rope["rope_theta"])))
+
+    first = pair_with(rope.get("beta_fast") or 32)
+    last = pair_with(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001  # a ramp of no width would divide by zero
+    stretch = ((torch.arange(head_dim // 2).float() - first) / width).clamp(0, 1)
+    inv_freq = default_inv_freq(head_dim, rope)
+    return inv_freq / rope["factor"] * stretch + inv_freq * (1 - stretch)
+
+
+def yarn_attention_factor(rope: dict) -> float:
+    """What YaRN multiplies q and k with (section 3.4): flatter scores among more keys."""
+    def longer(weight: float) -> float:
+        return 0.1 * weight * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+
+    if (given := rope.get("attention_factor")) is not None:
+        return given
+    weight, weight_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    return longer(weight) / longer(weight_all) if weight and weight_all else longer(1.0)
+
+
+def dynamic_inv_freq(head_dim: int, rope: dict, positions: torch.Tensor) -> torch.Tensor:
+    """Dynamic NTK scaling: for each position [P] the frequencies of a text that ends there.
+
+    [P, D/2]. A key must not depend on the length that its text will have: it is cached.
+    """
+    length, factor = rope["max_position_embeddings"], rope["factor"]
+    growth = (factor * (positions + 1) / length - (factor - 1)).clamp(min=1)      # [P]
+    base = rope["rope_theta"] * growth ** (head_dim / (head_dim - 2))
+    return default_inv_freq(head_dim, {"rope_theta": base[:, None]})
+
+
+ROPE_TYPES = {"default": default_inv_freq, "linear": linear_inv_freq, "llama3": llama3_inv_freq,
+              "yarn": yarn_inv_freq, "dynamic": dynamic_inv_freq}
 
 
 class RotaryEmbedding(nn.Module):
@@ -57,11 +99,15 @@ class RotaryEmbedding(nn.Module):
         if kind not in ROPE_TYPES:
             raise ValueError(f"rope_type {kind!r} of config.json is not supported, "
                              f"only {sorted(ROPE_TYPES)}")
+        if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError(f"partial_rotary_factor={share} of config.json is not supported, only 1")
         with torch.device("cpu"):  # the same table for every device, which the model then moves to
-            inv_freq = ROPE_TYPES[kind](head_dim, rope)
-            angles = torch.outer(torch.arange(max_position).float(), inv_freq)
-        # [max_position, 2, D/2]; not in the checkpoint, hence not persistent
-        table = torch.stack((angles.cos(), angles.sin()), 1)
+            positions = torch.arange(max_position).float()
+            its = (positions,) if kind == "dynamic" else ()  # the others are the same everywhere
+            angles = positions[:, None] * ROPE_TYPES[kind](head_dim, rope, *its)
+            scale = yarn_attention_factor(rope) if kind == "yarn" else 1.0
+            # [max_position, 2, D/2]; not in the checkpoint, hence not persistent
+            table = torch.stack((angles.cos() * scale, angles.sin() * scale), 1)
         self.register_buffer("cos_sin", table, persistent=False)
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor):

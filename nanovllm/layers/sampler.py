@@ -4,6 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "apply_temperature", "filter_top_k_top_p", "gumbel_noise", "stream_seed", "Sampler",
+    "top_logprobs",
 ]
 
 from hashlib import blake2b
@@ -88,3 +89,17 @@ class Sampler(nn.Module):
                 self.private.manual_seed(stream_seed(p.seed, index))
                 noise[row] = gumbel_noise(noise[row].shape, self.private)
         return (logits + noise).argmax(-1)
+
+
+def top_logprobs(logits: torch.Tensor, token_ids: list[int],
+                 counts: list[int]) -> list[dict[int, float]]:
+    """For each row of raw logits [R, V]: {token id: log-probability}.
+
+    The row's own token comes first, then the likeliest, `counts` of them, likeliest first.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    own = logprobs.gather(-1, torch.tensor(token_ids, device=logits.device)[:, None])[:, 0]
+    best = logprobs.topk(min(max(counts), logits.shape[-1]), dim=-1)
+    rows = zip(token_ids, own.tolist(), best.indices.tolist(), best.values.tolist(), counts)
+    return [{token_id: value, **{i: v for i, v in zip(ids[:k], values[:k]) if i != token_id}}
+            for token_id, value, ids, values, k in rows]

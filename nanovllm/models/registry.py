@@ -5,9 +5,17 @@
 __all__ = ["MODELS", "get_model_class"]  # nbdev_export = STOP: run `python tools/export.py` instead
 
 from .llama import LlamaForCausalLM
+from .qwen2 import Qwen2ForCausalLM
 from .qwen3 import Qwen3ForCausalLM
+from .qwen3_moe import Qwen3MoeForCausalLM
 
-MODELS = {"Qwen3ForCausalLM": Qwen3ForCausalLM, "LlamaForCausalLM": LlamaForCausalLM}
+MODELS = {
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": LlamaForCausalLM,  # within its sliding window; Config sees to that
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,    # Qwen2.5 too
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen3MoeForCausalLM": Qwen3MoeForCausalLM,
+}
 
 
 def get_model_class(hf_config):
@@ -23,11 +31,9 @@ def get_model_class(hf_config):
 
 def _refuse_what_would_be_ignored(config):
     """ValueError for settings that change the result and that no class here obeys."""
-    if getattr(config, "quantization_config", None):
-        raise ValueError("model: the checkpoint is quantised, which is not supported; "
-                         "use the unquantised one")
-    if getattr(config, "use_sliding_window", False):
-        raise ValueError("model: sliding-window attention is not supported; "
-                         "set use_sliding_window to false in config.json if the prompts fit")
+    if quantisation := getattr(config, "quantization_config", None):
+        method = dict(quantisation).get("quant_method", "an unnamed method")
+        raise ValueError(f"model: the checkpoint is quantised ({method}), which is not supported; "
+                         "use the original in bfloat16, float16 or float32")
     if (act := getattr(config, "hidden_act", "silu")) != "silu":
         raise ValueError(f"model: hidden_act {act!r} is not supported, only 'silu'")

@@ -92,6 +92,11 @@ class TensorParallelGroup:
         if self.data is not self.control:
             self.data.shutdown()
 
+    def abort(self) -> None:
+        """End what the GPU waits for in vain, since NCCL's kernels would spin for ever."""
+        if self.data is not self.control:
+            self.data.abort()
+
 
 def torchrun_launched(world_size: int) -> bool:
     """Whether torchrun started this process as one of `world_size`; ValueError if of others."""
