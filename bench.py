@@ -482,11 +482,12 @@ def ablations(device: str, scale: float, rows: int) -> list[dict]:
     figures: what to look at, counts first. Contiguous reservation is paging with blocks as long as
     the longest request allowed: then each request takes one, however short it turns out to be.
     """
-    most = -(-round(2 * 1024 * scale) // 256) * 256 if device != "cpu" else \
-        -(-round(2 * 1024 * scale) // 16) * 16
-    block = 16 if device == "cpu" else 256
+    block = 16 if device == "cpu" else 256  # what every backend there takes, powers of two as well
+    most = 4 * block
+    while most < 2 * 1024 * scale:
+        most *= 2
     long_prompt = max(256, round(8192 * scale))
-    pool = 4 * most
+    pool = (4 if device == "cpu" else 32) * most
     same = dict(max_model_len=most, enable_prefix_caching=False)
     return [
         dict(feature="prefix cache", workload="shared-prefix", on={},
@@ -531,7 +532,7 @@ def run_ablations(args, model: Model, say=print) -> list[dict]:
         with Bench(args, model, engines, max(4096, most + 1)) as bench:
             record = bench.run(case["workload"], args.scale, requests)
         records.append({**record, "ablation": case})
-        print_ablation(records[-1])
+        print_ablation(records[-1], args.markdown)
     return records
 
 
@@ -560,7 +561,7 @@ def _share(share: float | None) -> str:
     return "-" if share is None else f"{share:.0%}"
 
 
-def print_record(record: dict) -> None:
+def print_record(record: dict, markdown: bool = False) -> None:
     """A workload's table: medians, and the spread of the throughput."""
     limits = record["limits"]
     print(f"\n{record['model']} · {record['workload']} · {record['requests']} requests, "
@@ -582,7 +583,7 @@ def print_record(record: dict) -> None:
             done = statistics.median(run["output_tokens"] for run in entry["runs"])
             notes.append(f"{name} was cut at its time limit after {done:,.0f} of "
                          f"{record['output_tokens']:,} tokens: the rates are of what it did")
-    print_table(rows)
+    print_table(rows, markdown)
     for note in notes:
         print("  " + note)
     if record["ceiling_output_throughput"]:
@@ -591,15 +592,19 @@ def print_record(record: dict) -> None:
               f"bytes a cached token, at {limits['bandwidth'] / 1e9:.1f} GB/s")
 
 
-def print_table(rows: list[list[str]]) -> None:
+def print_table(rows: list[list[str]], markdown: bool = False) -> None:
     """Columns as wide as they need; the first to the left, the others to the right."""
+    if markdown:
+        rows = [*rows[:1], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+        print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n")
+        return
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(len(rows[0]))]
     for row in rows:
         print("  " + "  ".join(cell.rjust(w) if i else cell.ljust(w)
                                for i, (cell, w) in enumerate(zip(row, widths))))
 
 
-def print_ablation(record: dict) -> None:
+def print_ablation(record: dict, markdown: bool = False) -> None:
     """A feature with and without, figure by figure."""
     case, (on, off) = record["ablation"], record["engines"].values()
     print(f"\n{case['feature']} · {record['model']} · {record['workload']}, "
@@ -616,7 +621,7 @@ def print_ablation(record: dict) -> None:
         ratio = f"{values[1] / values[0]:.2f}" if values[0] else "-"
         rows.append([name.replace("_", " "), *map(write, values), ratio])
     rows.append(["same tokens", "", _share(off["summary"]["same_tokens"]["share"]), ""])
-    print_table(rows)
+    print_table(rows, markdown)
 
 
 def drift(samples: list[dict], name: str, settle: float) -> float:
@@ -753,6 +758,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("output").add_argument
     add("--json", metavar="FILE", help="write every figure to this file")
     add("--plot", metavar="FILE", help="draw the figures into this file (.png, .svg)")
+    add("--markdown", action="store_true", help="tables that a README can take")
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     args.keep = args.device == "cpu" if args.keep is None else args.keep
@@ -826,7 +832,7 @@ def run_workloads(args, plan) -> list[dict]:
             print_limits(bench.model.limits)
             for _, workload, scale, requests in todo:
                 records.append(bench.run(workload, scale, requests))
-                print_record(records[-1])
+                print_record(records[-1], args.markdown)
         print()
     return records
 
