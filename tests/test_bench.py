@@ -1,0 +1,194 @@
+"""bench.py: its workloads, its figures, a small run, a cut run, a soak, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path += [str(ROOT), str(ROOT / "tools")]
+import bench  # noqa: E402
+import bench_worker  # noqa: E402
+
+LATENCIES = ("ttft", "tpot", "itl")
+
+
+def run(tmp_path, *args):
+    """Exit status and JSON of a run in this process (its engines have their own)."""
+    file = tmp_path / "report.json"
+    status = bench.main([*args, "--quiet", "--json", str(file)])
+    return status, json.loads(file.read_text()) if file.exists() else None
+
+
+# -----------------------------------------------------------------------------------------------
+# Workloads and figures
+# -----------------------------------------------------------------------------------------------
+
+def test_full_size_is_the_workload_of_nano_vllm():
+    requests = bench.make_workload("nano-vllm")
+    assert len(requests) == 256
+    assert sum(r["max_tokens"] for r in requests) == 133_966  # as its README has it
+    assert sum(len(r["prompt"]) for r in requests) == 142_827
+
+
+@pytest.mark.parametrize("name", bench.WORKLOADS)
+def test_runs_have_equal_lengths_and_new_tokens(name):
+    first, again, other = (bench.make_workload(name, 0.1, run=run) for run in (0, 0, 1))
+    assert first == again
+
+    def lengths(requests):
+        return [(len(r["prompt"]), r["max_tokens"], r.get("at"), r.get("after"))
+                for r in requests]
+
+    assert lengths(first) == lengths(other)
+    assert all(a["prompt"] != b["prompt"] for a, b in zip(first, other))
+
+
+def test_shared_prefix_is_shared_and_arrivals_have_their_rate():
+    prompts = [r["prompt"] for r in bench.make_workload("shared-prefix", 1.0)]
+    assert len({tuple(p[:1024]) for p in prompts}) == 1 and len({tuple(p) for p in prompts}) > 100
+    due = [r["at"] for r in bench.make_workload("poisson", requests=4000, rate=5.0, scale=0.01)]
+    assert due == sorted(due) and len(due) / due[-1] == pytest.approx(5.0, rel=0.1)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=50), st.floats(0, 100))
+def test_percentiles_are_numpys(values, q):
+    assert bench.percentile(values, q) == pytest.approx(np.percentile(values, q), rel=1e-9)
+
+
+def test_figures_of_a_run_counted_by_hand():
+    requests = [dict(prompt=[1] * 10, max_tokens=3, at=0.0), dict(prompt=[1] * 30, max_tokens=2,
+                                                                 at=1.0)]
+    result = dict(arrived=[0.0, 1.0], times=[[0.5, 0.6, 0.9], [3.0, 3.4]], seconds=4.0,
+                  was_cut=False, cached_tokens=10, preemptions=2)
+    got = bench.figures(requests, result)
+    assert got["output_throughput"] == 5 / 4 and got["total_throughput"] == 45 / 4
+    assert got["ttft"]["mean"] == pytest.approx((0.5 + 2.0) / 2)
+    assert got["tpot"]["mean"] == pytest.approx((0.2 + 0.4) / 2)
+    assert got["itl"]["p50"] == pytest.approx(0.3) and got["itl"]["max"] == pytest.approx(0.4)
+    assert got["prefix_hit_rate"] == 10 / 40 and got["preemptions"] == 2
+    assert got["finished_requests"] == 2
+
+
+def test_ceiling_counted_by_hand():
+    requests = [dict(prompt=[1] * 10, max_tokens=3, at=0.0)]
+    limits = dict(weight_bytes=100, kv_bytes_per_token=2, bandwidth=10.0)
+    # three passes; the keys and values of 10, 11 and 12 tokens
+    assert bench.decode_floor(requests, limits) == (3 * 100 + 33 * 2) / 10
+    assert bench.decode_floor([dict(requests[0], at=1.0)], limits) is None
+
+
+def test_recorder_hands_out_what_is_due_and_counts_no_token_twice():
+    requests = [dict(prompt=[1], max_tokens=2, at=0.0), dict(prompt=[1], max_tokens=1, after=2),
+                dict(prompt=[1], max_tokens=1, at=0.01)]
+    recorder = bench_worker.Recorder(requests, limit=60)
+    assert recorder.take(most=1) == [0]
+    recorder.add(0, [5])
+    assert 1 in recorder.pending
+    recorder.add(0, [6, 7, 8])                   # two more than it asked for
+    assert recorder.tokens[0] == [5, 6] and recorder.count == 2
+    assert 1 in recorder.take()                  # two tokens are there
+    recorder.take(is_idle=True)                  # waits for the last one
+    assert recorder.now() >= 0.01 and not recorder.pending
+
+
+# -----------------------------------------------------------------------------------------------
+# Runs
+# -----------------------------------------------------------------------------------------------
+
+def test_small_run_has_every_figure_and_a_failing_engine_harms_nobody(tmp_path, capsys):
+    status, report = run(tmp_path, "--scale", "0.02", "--runs", "2", "--workload", "nano-vllm",
+                         "shared-prefix", "--config", "broken:num_kvcache_blocks=1")
+    printed = capsys.readouterr()
+    assert status == 1 and "broken: failed: ValueError: prompt needs" in printed.err
+    assert [r["workload"] for r in report["records"]] == ["nano-vllm", "shared-prefix"]
+    for record in report["records"]:
+        limits = record["limits"]
+        assert limits["weight_bytes"] > 4e6 and limits["bandwidth"] > 1e8
+        for name in ("nanovllm", "hf"):
+            entry = record["engines"][name]
+            assert len(entry["runs"]) == 2 and entry["error"] is None
+            for got in entry["runs"]:
+                assert got["output_tokens"] == record["output_tokens"]
+                assert got["finished_requests"] == record["requests"]
+                assert got["output_throughput"] < got["total_throughput"]
+                assert all(got[name]["p50"] <= got[name]["p95"] <= got[name]["p99"]
+                           for name in LATENCIES)
+                assert got["peak_memory_bytes"] > 1e8 and got["preemptions"] == 0
+                assert got["prefix_hit_rate"] is not None
+            summary = entry["summary"]
+            assert summary["same_tokens"]["share"] == 1.0           # fp32: token for token
+            assert 0 < summary["share_of_ceiling"] < 1
+            rate = summary["output_throughput"]
+            assert rate["min"] <= rate["median"] <= rate["max"]
+    ours = report["records"][1]["engines"]["nanovllm"]["runs"][0]
+    assert ours["prefix_hit_rate"] > 0.5 and ours["steps"] > 0 and ours["computed_tokens"] > 0
+
+
+def test_a_cut_run_says_so(tmp_path, capsys):
+    status, report = run(tmp_path, "--engines", "nanovllm", "--runs", "1", "--scale", "0.5",
+                         "--requests", "40", "--limit", "0.5", "--workload", "nano-vllm")
+    got, = report["records"][0]["engines"]["nanovllm"]["runs"]
+    assert status == 0 and got["was_cut"] and 0 < got["output_tokens"] < 40 * 280
+    assert got["seconds"] < 5 and "was cut at its time limit" in capsys.readouterr().out
+
+
+def test_soak_gives_all_blocks_back(tmp_path, capsys):
+    status, report = run(tmp_path, "--soak", "0.05")
+    got = report["soak"]
+    assert status == 0 and got["free_blocks"] == got["num_blocks"]
+    assert got["finished"] > 5 and got["refused"] > 0 and got["preemptions"] > 0
+    assert len(got["samples"]) > 5 and all(s["rss"] > 1e7 for s in got["samples"])
+    assert "free at the end" in capsys.readouterr().out
+
+
+def test_drift_is_the_farthest_stray_after_settling():
+    samples = [dict(seconds=t, rss=r) for t, r in [(0, 50), (10, 100), (20, 103), (30, 99)]]
+    assert bench.drift(samples, "rss", 10) == pytest.approx(0.03)
+
+
+# -----------------------------------------------------------------------------------------------
+# The command line
+# -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("args, complaint", [
+    (["--set", "enforce_eger=True"], "enforce_eger: no such setting"),
+    (["--set", "nothing"], "'nothing' is not KEY=VALUE"),
+    (["--config", "enforce_eager=True"], "is not NAME:KEY=VALUE"),
+    (["--config", "hf:enforce_eager=True"], "two engines called 'hf'"),
+    (["--engines", "llama"], "invalid choice: 'llama'"),
+    (["--engines", "nano-vllm"], "--nano-vllm"),
+    (["--scale", "0"], "--scale must be more than 0"),
+    (["--soak", "-1"], "--soak must be more than 0"),
+    (["--model", "no-such-folder"], "no-such-folder holds no config.json"),
+    (["--model", ".", "--shape", "qwen3-4b"], "not both"),
+    (["--requests", "1"], "--requests must be at least 2"),
+])
+def test_a_bad_option_is_refused_before_anything_runs(args, complaint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(args)
+    assert stopped.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+def test_settings_and_configurations_are_read():
+    args = bench.parse_args(["--set", "max_num_seqs=4", "--engines", "nanovllm", "--config",
+                             "small:num_kvcache_blocks=9,attention_backend=sdpa"])
+    assert bench.engine_list(args) == {
+        "nanovllm": ("nanovllm", {"max_num_seqs": 4}),
+        "small": ("nanovllm", {"max_num_seqs": 4, "num_kvcache_blocks": 9,
+                               "attention_backend": "sdpa"})}
+
+
+def test_help_names_the_options():
+    shown = subprocess.run([sys.executable, str(ROOT / "bench.py"), "--help"], text=True,
+                           capture_output=True, check=True).stdout
+    for option in ("--engines", "--workload", "--shape", "--ablate", "--soak", "--json", "--plot",
+                   "--config", "--vllm-python"):
+        assert option in shown
