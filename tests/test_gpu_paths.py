@@ -26,6 +26,7 @@ import random, sys
 import torch
 from fixtures import hf_generate, make_checkpoint, random_prompts
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.model_runner import MODEL_OPTIMIZERS
 from nanovllm.layers.attention import Attention, SDPABackend
 from nanovllm.layers.fused import fuse
 from nanovllm.layers.triton_kernels import paged_decode, paged_prefill
@@ -57,6 +58,7 @@ for case in range(24):                                     # random shapes
         got = paged_decode(q[:rows], layer.k_cache, layer.v_cache, tables, ends, layer.scale, parts)
         assert (got - want).abs().max() < eps, (case, "decode")
 
+MODEL_OPTIMIZERS.clear()                                   # not the CPU's, but the GPU's fused layers
 # the whole engine: fused layers, our attention, recordings, chunks, preemption, against transformers
 greedy = SamplingParams(temperature=0, max_tokens=10)
 for family, shape in (("qwen3", dict(head_dim=24)), ("llama", dict(num_key_value_heads=1))):
