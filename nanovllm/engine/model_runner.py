@@ -409,7 +409,7 @@ class GraphModelRunner(ModelRunner):
         if self.device.type != "cuda":
             graph = EagerGraph(step)
             return graph, graph.hidden
-        aside = torch.cuda.Stream()          # once for real, so that kernels are compiled and loaded
+        aside = torch.cuda.Stream()          # once for real: kernels are compiled and loaded
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()
