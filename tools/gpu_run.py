@@ -8,7 +8,7 @@
 
 Each stage is a process of its own with a time limit, so that one that fails or hangs costs no
 other. OUT gets results.json, a log of every stage, and pictures. It needs PyTorch with CUDA,
-Triton, transformers and matplotlib; the stage `notebooks` needs nbclient, ipykernel and fastcore too.
+Triton, transformers and matplotlib; the stage `notebooks` needs nbclient, ipykernel, fastcore too.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def sizing(out: Path) -> dict:
         if what != "alone":
             holder = subprocess.Popen(
                 [sys.executable, "-c", "import torch; x = torch.zeros(20 * 10**9, device='cuda', "
-                 "dtype=torch.uint8); torch.cuda.synchronize(); print('held', flush=True); input()"],
+                 "dtype=torch.uint8); torch.cuda.synchronize(); print(flush=True); input()"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             holder.stdout.readline()
         free = torch.cuda.mem_get_info()[0]

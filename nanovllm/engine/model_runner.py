@@ -360,9 +360,11 @@ class GraphModelRunner(ModelRunner):
     def __init__(self, config: Config):
         self.recordings = {}                 # batch size -> (graph, its inputs, its output)
         self.graph_pool = None
-        super().__init__(config)
-        if self.uses_graphs:
-            self.capture_cudagraph()
+        self.device = resolve_device(config.device)
+        with self._on_device():
+            super().__init__(config)
+            if self.uses_graphs:
+                self.capture_cudagraph()
 
     @property
     def uses_graphs(self) -> bool:
@@ -394,9 +396,8 @@ class GraphModelRunner(ModelRunner):
 
     def _peak_bytes(self) -> int:
         """The largest step's, and what the recordings will take."""
-        with self._on_device():
-            peak = super()._peak_bytes()
-            return peak + (self._graph_bytes() if self.uses_graphs else 0)
+        peak = super()._peak_bytes()
+        return peak + (self._graph_bytes() if self.uses_graphs else 0)
 
     def _decode(self, inputs: StaticInputs) -> torch.Tensor:
         """The step that is recorded: hidden states [rows, hidden]."""
@@ -433,12 +434,11 @@ class GraphModelRunner(ModelRunner):
         is_cuda = self.device.type == "cuda"
         host, device = (torch.zeros(sizes[0] * (4 + width), dtype=torch.int32, **where) for where
                         in (dict(pin_memory=is_cuda), dict(device=self.device)))
-        with self._on_device():
-            for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
-                inputs = StaticInputs(host, device, rows, width, config.max_model_len)
-                inputs.load()
-                graph, hidden = self._record(inputs)
-                self.recordings[rows] = graph, inputs, hidden
+        for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
+            inputs = StaticInputs(host, device, rows, width, config.max_model_len)
+            inputs.load()
+            graph, hidden = self._record(inputs)
+            self.recordings[rows] = graph, inputs, hidden
         self.recorded_sizes = sizes[::-1]
 
     def replay(self, input_ids: torch.Tensor, positions: torch.Tensor,
