@@ -72,6 +72,8 @@ MUTANTS = [
     ("kernel: rotation the other way", "layers/cpu_kernels.py", "b * c + a * s", "b * c - a * s"),
     ("kernel: decode sees one key too few", "layers/cpu_kernels.py", "lengths[row], heads / parts",
      "lengths[row] - (lengths[row] > 1), heads / parts"),
+    ("kernel: bias left out", "layers/cpu_kernels.py", "start[i] = load(bias[j + i])",
+     "start[i] = 0"),
     ("kernel: values stored as keys", "layers/cpu_kernels.py", "v + t * v_stride", "k + t * k_stride"),
     ("logits of the first tokens", "engine/model_runner.py", "hidden[last[samples]]",
      "hidden[samples]"),

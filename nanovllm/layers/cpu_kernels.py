@@ -289,7 +289,8 @@ void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t
         float start[32] = {0};
         if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
         for (int64_t r = 0; r < rows; r += 12) {
-            #define CASE(R) case R: tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n); break;
+            #define CASE(R) case R: \
+                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n); break;
             switch (rows - r < 12 ? rows - r : 12) {
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -309,7 +310,8 @@ class TiledLinear(nn.Module):
         self.out_features, width = linear.weight.shape
         step = kernels.linear_step()
         tiles = linear.weight.detach().view(-1, 32, width // step, step)
-        self.tiles, self.bias, self.kernel = tiles.transpose(1, 2).contiguous(), linear.bias, kernels.linear
+        self.tiles, self.bias = tiles.transpose(1, 2).contiguous(), linear.bias
+        self.kernel = kernels.linear
 
     @staticmethod
     def fits(linear: nn.Linear, kernels: ctypes.CDLL | None) -> bool:
@@ -391,7 +393,8 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     #pragma omp parallel for num_threads(threads) schedule(dynamic) if (work > 65536)
     for (int64_t i = 0; i < rows * parts; i++) {
         int64_t row = i / parts, part = i % parts;
-        int64_t q_at = (row * heads + part * heads / parts) * D, kv_at = part * kv_heads / parts * D;
+        int64_t q_at = (row * heads + part * heads / parts) * D;
+        int64_t kv_at = part * kv_heads / parts * D;
         attend(out + q_at, q + q_at, k_cache + kv_at, v_cache + kv_at, tables + row * width,
                lengths[row], heads / parts, heads / kv_heads, kv_heads * D, block_size, scale);
     }
