@@ -21,7 +21,8 @@ def _download(repo_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     wanted = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]  # no pickle, no code
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted,
+                                      ignore_patterns=["consolidated*", "original/*"]))  # copies
     except Exception as error:
         name = repo_id if revision is None else f"{repo_id}@{revision}"
         raise ValueError(f"model: {name!r} is neither a folder here nor to be had from the Hub "

@@ -111,7 +111,8 @@ def test_missing_folder(tmp_path):
     ("dtype", "fp32"), ("dtype", "int8"), ("dtype", None), ("device", "gpu"), ("device", "meta"),
     ("device", None), ("attention_backend", "nope"), ("load_format", "gguf"),
     ("tensor_parallel_size", 3), ("max_model_len", 0), ("max_num_batched_tokens", 0),
-    ("max_num_seqs", "a"), ("revision", 1), ("revision", "main"), ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
+    ("max_num_seqs", "a"), ("revision", 1), ("revision", "main"),
+    ("gpu_memory_utilization", 1.5), ("gpu_memory_utilization", "a")])
 def test_bad_setting(name, value, good):
     with pytest.raises(ValueError, match=name):
         LLM(good[0], **{**SMALL, name: value})

@@ -6,7 +6,8 @@
 
 Each mutant is a copy of nanovllm/ with one change. The tests of tests/ that compare tokens and
 logits with transformers, and those for bad input, run on it and must fail. One that survives means
-that a bug of its kind would go unnoticed. It takes about ten minutes, so it is no part of test.py.
+that a bug of its kind would go unnoticed. It takes about twenty minutes, so it is no part of
+test.py.
 """
 
 from __future__ import annotations
@@ -41,11 +42,26 @@ MUTANTS = [
      "self.k_norm(q), self.q_norm(k)"),
     ("attention bias left out", "models/qwen3.py", 'getattr(config, "attention_bias", False)',
      "False"),
+    ("Qwen2 without biases", "models/qwen2.py", "qkv_bias = True", "qkv_bias = False"),
+    ("experts' shares not scaled", "models/qwen3_moe.py", "if self.norm_topk_prob:", "if False:"),
+    ("experts unweighted", "models/qwen3_moe.py", " * weights[rows, rank, None]", ""),
+    ("experts in every layer", "models/qwen3_moe.py",
+     "and index not in (config.mlp_only_layers or ())", ""),
+    ("yarn's factor on q and k left out", "layers/rotary_embedding.py",
+     'if kind == "yarn" else 1.0', "if False else 1.0"),
+    ("yarn's ramp not rounded", "layers/rotary_embedding.py", 'rope.get("truncate", True)',
+     "False"),
+    ("dynamic rope of the whole text", "layers/rotary_embedding.py",
+     "factor * (positions + 1) / length", "factor * len(positions) / length"),
+    ("scaling does not reach further", "config.py", "return int(limit * factor)", "return limit"),
+    ("sliding window ignored", "config.py", "if window and self", "if False and self"),
     ("attention scale", "layers/attention.py", "head_dim ** -0.5", "(head_dim + 1) ** -0.5"),
     ("causal mask top left", "layers/attention.py", ".tril(context_len - n)", ".tril()"),
     ("decode sees one key too many", "layers/attention.py", "device=q.device) < lens",
      "device=q.device) <= lens"),
     ("values stored as keys", "layers/attention.py", "[slot_mapping] = v", "[slot_mapping] = k"),
+    ("prompt that is to be scored taken from the cache", "engine/block_manager.py",
+     " and seq.sampling_params.prompt_logprobs is None", ""),
     ("the last token is matched too", "engine/block_manager.py",
      "range((len(seq) - 1) // self.block_size)", "range(len(seq) // self.block_size)"),
     ("digest without its parent", "engine/block_manager.py",
@@ -74,6 +90,16 @@ MUTANTS = [
     ("failed generate leaves requests", "engine/llm_engine.py",
      "            for request_id in ids:\n                self.abort(request_id)",
      "            pass"),
+    ("log-probabilities of the token before", "engine/llm_engine.py",
+     "found += [(request, p + 1,", "found += [(request, p,"),
+    ("log-probabilities written twice", "engine/llm_engine.py",
+     ".logprobs[due[i].seq.num_completion_tokens:] = [entry]", ".logprobs.append(entry)"),
+    ("log-probabilities without their sum", "layers/sampler.py", ".float().log_softmax(-1)",
+     ".float()"),
+    ("greedy where the checkpoint says draw", "engine/llm_engine.py",
+     'if not given.get("do_sample")', 'if given.get("do_sample")'),
+    ("pieces of a tensor in one place", "utils/loader.py", "target[first:first + step].copy_",
+     "target[:step].copy_"),
     ("fused tensors in the wrong rows", "utils/loader.py", "start += rows", "start += 0"),
     ("missing tensors accepted", "utils/loader.py", "sorted(set(targets) - seen)", "[]"),
     ("left-over tensors accepted", "utils/loader.py", "left_over.append(name)", "pass"),
@@ -90,7 +116,8 @@ def survives(module: str, before: str, after: str) -> bool:
         if text.count(before) != 1:
             raise SystemExit(f"{module} holds {text.count(before)} times: {before!r}")
         file.write_text(text.replace(before, after), encoding="utf-8")
-        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in ("parity", "bad_input")]
+        tests = [str(ROOT / "tests" / f"test_{name}.py") for name in
+                 ("parity", "bad_input", "families", "logprobs")]
         # not `python -m pytest`: that would put the working folder in front of the mutant
         command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
                    "-x", "-q", "-p", "no:cacheprovider", *tests]

@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "CPU_CACHE_BYTES", "DTYPES", "MODEL_OPTIMIZERS", "RUNNERS", "resolve_device", "resolve_dtype",
-    "ModelRunner", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
+    "ModelRunner", "BlockTables", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
     "GraphModelRunner", "pack_step", "unpack_step", "ParallelModelRunner", "rank_device",
     "TensorParallelRunner",
 ]
@@ -18,18 +18,20 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from ..config import Config
 from ..layers.attention import Attention, get_attention_backend
+from ..layers.cpu_kernels import optimize_for_cpu
 from ..layers.linear import check_tensor_parallel_size, parallelize
 from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
 from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
-from ..utils.loader import init_dummy_weights, load_model
+from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
 from .scheduler import ScheduledRow
 
 CPU_CACHE_BYTES = 2**30  # num_kvcache_blocks=-1 on a CPU takes this much at most, not all memory
@@ -75,14 +77,16 @@ class ModelRunner:
         self.block_size = config.kvcache_block_size or self.backend.default_block_size
         self.backend.check_block_size(self.block_size)
         self.free_at_start = self._free_memory()
+        self.block_tables = BlockTables()
         self.model = self._make_model()
         self.allocate_kv_cache()
 
     def _empty_model(self) -> torch.nn.Module:
         """The model on the device, its weights not yet filled in."""
         hf_config = self.config.hf_config
-        with torch.device(self.device):
-            return get_model_class(hf_config)(hf_config).to(self.device)  # tables come from the CPU
+        with torch.device("meta"):
+            model = get_model_class(hf_config)(hf_config)
+        return allocate_parameters(model, self.device)
 
     def _make_model(self) -> torch.nn.Module:
         """The model with its weights, on the device."""
@@ -116,8 +120,9 @@ class ModelRunner:
         zeros = torch.zeros(sum(lengths), dtype=torch.long, device=self.device)
         with use_context(packed_context(lengths, self.device)):
             hidden = self.model(zeros, zeros)
-        logits = self.model.compute_logits(hidden[:config.max_num_seqs]).float()
-        logits.sort(-1)  # the sampler's largest temporary
+        logits = self.model.compute_logits(hidden[:config.max_num_seqs])
+        if logits is not None:  # where it samples: a sort is the sampler's largest temporary
+            logits.float().sort(-1)
         return torch.cuda.max_memory_reserved(self.device)
 
     def _affordable_blocks(self, block_bytes: int) -> int:
@@ -154,34 +159,46 @@ class ModelRunner:
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache):
             layer.bind_kv_cache(self.backend, k_cache, v_cache)
 
-    def _slots(self, block_table: list[int], start: int, end: int) -> list[int]:
-        """Slots of the positions start to end - 1."""
-        bs = self.block_size
-        return [block_table[p // bs] * bs + p % bs for p in range(start, end)]
-
     def prepare_input(self, batch: list[ScheduledRow]) -> tuple[torch.Tensor, torch.Tensor,
                                                                 Context]:
         """Pack the new tokens of R rows behind one another: input_ids [T], positions [T], context.
 
-        All on the CPU. Rows with one new token must lead, as the scheduler has them.
+        All on the CPU, int32, and views of one buffer. Rows with one new token must lead, as the
+        scheduler has them.
         """
-        input_ids, positions, slots, starts, lens = [], [], [], [0], []
+        input_ids, computed, counts = [], [], []
         for row in batch:
-            seq, start = row.seq, row.seq.num_computed_tokens
-            end = start + row.num_new_tokens
-            input_ids += seq.token_ids[start:end]
-            positions += range(start, end)
-            slots += self._slots(seq.block_table, start, end)
-            starts.append(len(input_ids))
-            lens.append(end)
-        counts = [row.num_new_tokens for row in batch]
-        width = max(len(row.seq.block_table) for row in batch)
-        tables = [row.seq.block_table + [0] * (width - len(row.seq.block_table)) for row in batch]
-        ints = partial(torch.tensor, dtype=torch.int32)
-        return ints(input_ids), ints(positions), Context(
-            cu_seqlens_q=ints(starts), max_seqlen_q=max(counts), context_lens=ints(lens),
-            max_context_len=max(lens), slot_mapping=ints(slots), block_tables=ints(tables),
-            num_decode_rows=next((i for i, n in enumerate(counts) if n > 1), len(counts)))
+            token_ids, start, n = row.seq.token_ids, row.seq.num_computed_tokens, row.num_new_tokens
+            computed.append(start)
+            counts.append(n)
+            if n == 1:
+                input_ids.append(token_ids[start])
+            else:
+                input_ids += token_ids[start:start + n]
+        tables = self.block_tables.pack([row.seq.block_table for row in batch])   # [R, W]
+        T, (R, W) = len(input_ids), tables.shape
+        buffer = np.empty(3 * T + 2 * R + 1 + R * W, dtype=np.int32)
+        ids, positions, slots = buffer[:3 * T].reshape(3, T)
+        bounds, lens = buffer[3 * T:][:R + 1], buffer[3 * T + R + 1:][:R]
+        ids[:], lens[:], bounds[0] = input_ids, computed, 0
+        np.cumsum(counts, out=bounds[1:])
+        buffer[-R * W:] = tables.ravel()
+        row_of = np.arange(R)
+        if T == R:
+            positions[:] = lens
+        else:
+            row_of = row_of.repeat(counts)                        # [T], the row of each token
+            # a token is as far from the start of its row as it is in the batch
+            positions[:] = np.arange(T) + (lens - bounds[:-1])[row_of]
+        block, offset = np.divmod(positions, self.block_size)
+        slots[:] = tables[row_of, block] * self.block_size + offset
+        lens += counts
+        ids, positions, slots, bounds, lens_, table = torch.from_numpy(buffer).split(
+            [T, T, T, R + 1, R, R * W])
+        return ids, positions, Context(
+            cu_seqlens_q=bounds, max_seqlen_q=max(counts), context_lens=lens_,
+            max_context_len=int(lens.max()), slot_mapping=slots, block_tables=table.view(R, W),
+            num_decode_rows=R if T == R else next(i for i, n in enumerate(counts) if n > 1))
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor,
                 context: Context) -> torch.Tensor:
@@ -220,6 +237,48 @@ class ModelRunner:
         return self.execute(none, none, nothing, tokens)
 
 
+class BlockTables:
+    """Block tables as rows of one int32 array that lives on: each step writes what is new.
+
+    It relies on the BlockManager: a table only grows, and one that is given up is another list.
+    """
+
+    def __init__(self):
+        self.array = np.zeros((8, 8), dtype=np.int32)
+        self.free_rows = list(range(8))
+        self.entries: dict[int, list] = {}  # id(table) -> [row, entries written, the table]
+
+    def pack(self, tables: list[list[int]]) -> np.ndarray:
+        """These tables as a new array [R, W], W the longest, padded with 0."""
+        rows, width = [], max(map(len, tables))
+        if width > self.array.shape[1]:
+            self.array = np.pad(self.array, ((0, 0), (0, width)))
+        for table in tables:
+            entry = self.entries.get(id(table)) or self._enter(table, tables)
+            row, written, _ = entry
+            if written != len(table):
+                self.array[row, written:len(table)] = table[written:]
+                entry[1] = len(table)
+            rows.append(row)
+        return self.array[rows, :width]
+
+    def _enter(self, table: list[int], tables: list[list[int]]) -> list:
+        """An empty row for a table; rows of tables that are not in use any more come back."""
+        if not self.free_rows:
+            in_use = set(map(id, tables))
+            for key in self.entries.keys() - in_use:
+                self.free_rows.append(self.entries.pop(key)[0])
+            if len(self.free_rows) < len(self.array) // 2:  # else this would happen all the time
+                size = len(self.array)
+                self.array = np.pad(self.array, ((0, size), (0, 0)))
+                self.free_rows += range(size, 2 * size)
+        row = self.free_rows.pop()
+        self.array[row] = 0
+        # the entry holds the list, so that its id cannot become that of another
+        self.entries[id(table)] = entry = [row, 0, table]
+        return entry
+
+
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices
 
 
@@ -230,6 +289,9 @@ def get_runner_class(config: Config) -> type[ModelRunner]:
         raise ValueError(f"tensor_parallel_size={config.tensor_parallel_size}: no runner splits a "
                          "model over devices yet; use 1")
     return RUNNERS[kind]
+
+
+MODEL_OPTIMIZERS["cpu"] = optimize_for_cpu
 
 
 def _fuse(model: torch.nn.Module) -> torch.nn.Module:
@@ -304,9 +366,9 @@ class GraphModelRunner(ModelRunner):
 
     @property
     def uses_graphs(self) -> bool:
-        """Whether steps are recorded: on a GPU, unless the user or the backend says no."""
-        return (self.device.type == "cuda" and self.backend.supports_graphs
-                and not self.config.enforce_eager)
+        """Whether steps are recorded: on a GPU, unless user, backend or model say no."""
+        return (self.device.type == "cuda" and not self.config.enforce_eager
+                and self.backend.supports_graphs and self.model.supports_graphs)
 
     def _on_device(self):
         """Kernels are launched on the current device, which need not be this engine's."""
@@ -323,10 +385,11 @@ class GraphModelRunner(ModelRunner):
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
                 samples: list[int]) -> torch.Tensor:
-        """One step of a packed batch: the logits [S, vocab] of the rows in `samples`."""
+        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it."""
         with self._on_device():
-            if len(samples) == len(input_ids):  # a row each: nothing to pick out
-                return self.model.compute_logits(self.forward(input_ids, positions, context))
+            if input_ids.numel() and len(samples) == len(input_ids):  # all: nothing to pick out
+                self.hidden = self.forward(input_ids, positions, context)
+                return self.model.compute_logits(self.hidden)
             return super().execute(input_ids, positions, context, samples)
 
     def _peak_bytes(self) -> int:
@@ -459,6 +522,10 @@ class ParallelModelRunner(GraphModelRunner):
     def _affordable_blocks(self, block_bytes: int) -> int:
         return self.group.minimum(super()._affordable_blocks(block_bytes))
 
+    def capture_cudagraph(self, sizes: list[int] | None = None) -> None:
+        self.group.minimum(0)  # all are here: recording with a rank that is gone would never end
+        super().capture_cudagraph(sizes)
+
     def serve(self) -> None:
         """On the ranks above 0: run what rank 0 says, until it says nothing."""
         while len(packed := self.group.broadcast()):
@@ -556,8 +623,13 @@ class TensorParallelRunner(ParallelModelRunner):
             while not done.query():
                 self.workers.check()
         except RuntimeError:
-            self.group.abort()
+            self._leave_group()        # its kernels would spin for ever
             raise
+
+    def _leave_group(self) -> None:
+        """NCCL lets go only after the recordings that hold its kernels."""
+        self.recordings.clear()
+        self.group.close()
 
     def close(self) -> None:
         """End the workers: with an empty step, which is the last, where they still listen."""
@@ -566,7 +638,7 @@ class TensorParallelRunner(ParallelModelRunner):
         except RuntimeError:
             pass  # a worker is gone already
         self.workers.stop()
-        self.group.close()
+        self._leave_group()
 
 
 RUNNERS["parallel"] = TensorParallelRunner

@@ -35,7 +35,11 @@ class Scheduler:
         self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        # oldest first; each with its decode row, which is the same in every step
+        self.running: dict[Sequence, ScheduledRow] = {}
+        # nobody grows beyond this: the model's limit, or all slots and a token without a key
+        self.max_tokens = min(max_model_len,
+                              block_manager.num_blocks * block_manager.block_size + 1)
         self.num_preemptions = 0
         self.blocks_wanted = 0  # free blocks without which the first in line need not ask again
         self.batch: list[ScheduledRow] = []  # the step being made, and what is left of its budget
@@ -65,7 +69,7 @@ class Scheduler:
             self.blocks_wanted = self.block_manager.allocate(seq) or 0
             if self.blocks_wanted:
                 return
-            self.running.append(self.waiting.popleft())
+            self.running[self.waiting.popleft()] = ScheduledRow(seq, 1, samples=True)
             seq.status = SequenceStatus.RUNNING
             if not seq.num_preemptions:
                 seq.num_cached_tokens = seq.num_computed_tokens
@@ -86,7 +90,7 @@ class Scheduler:
 
     def preempt(self, seq: Sequence) -> None:
         """Take a sequence's blocks; it waits at the head of the queue, to be computed again."""
-        self.running.remove(seq)
+        del self.running[seq]
         self._requeue(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
@@ -94,7 +98,7 @@ class Scheduler:
     def _make_room(self, seq: Sequence) -> bool:
         """A slot for the last token of `seq`, preempting the youngest; False if that is itself."""
         while not self.block_manager.append_slot(seq):
-            youngest = self.running[-1]
+            youngest = next(reversed(self.running))
             self.preempt(youngest)
             if youngest is seq:
                 return False
@@ -102,12 +106,21 @@ class Scheduler:
 
     def _schedule_decodes(self) -> None:
         """One token for all who have just one to compute."""
-        for seq in list(self.running):
+        block_size = self.block_manager.block_size
+        for row in list(self.running.values()):  # every token of every request comes by here
+            seq = row.seq
+            length = len(seq.token_ids)
+            if length - seq.num_computed_tokens != 1:
+                continue
             if not self.budget:
                 break
-            is_running = seq.status is SequenceStatus.RUNNING  # not preempted a moment ago
-            if is_running and seq.num_uncomputed_tokens == 1 and self._make_room(seq):
-                self._add_row(seq)
+            if length > len(seq.block_table) * block_size:  # a block is due, or was just taken away
+                if seq.status is not SequenceStatus.RUNNING or not self._make_room(seq):
+                    continue
+            if length % block_size == 0:                    # the token fills its block
+                self.block_manager.announce(seq, 1)
+            self.budget -= 1
+            self.batch.append(row)
 
     def schedule(self) -> list[ScheduledRow]:
         """The rows of the next step, decode rows first; empty only if nobody waits or runs."""
@@ -125,26 +138,26 @@ class Scheduler:
             seq = row.seq
             seq.num_computed_tokens += row.num_new_tokens
             if row.samples:
-                seq.append_token(next(tokens))
-                if reason := self._end_of(seq):
+                token = next(tokens)
+                seq.append_token(token)
+                if reason := self._end_of(seq, token):
                     self.finish(seq, reason)
                     finished.append(seq)
         return finished
 
-    def _end_of(self, seq: Sequence) -> str | None:
-        """Why the newest token is the last, or None if it is not."""
-        params, manager = seq.sampling_params, self.block_manager
-        if seq.token_ids[-1] in self.eos_token_ids and not params.ignore_eos:
+    def _end_of(self, seq: Sequence, token: int) -> str | None:
+        """Why this newest token is the last, or None if it is not."""
+        params, length = seq.sampling_params, len(seq.token_ids)
+        if token in self.eos_token_ids and not params.ignore_eos:
             return "stop"
-        too_long = (seq.num_completion_tokens >= params.max_tokens
-                    or len(seq) >= self.max_model_len
-                    or manager.blocks_for(len(seq)) > manager.num_blocks)  # it fills the pool
-        return "length" if too_long else None
+        if length - seq.num_prompt_tokens >= params.max_tokens or length >= self.max_tokens:
+            return "length"
+        return None
 
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence wherever it stands, and take its blocks back."""
         if seq.status is SequenceStatus.RUNNING:
-            self.running.remove(seq)
+            del self.running[seq]
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         self.block_manager.free(seq)
@@ -155,4 +168,4 @@ class Scheduler:
         """The step failed: nothing that it was to write may be used; all are computed again."""
         self.block_manager.discard_pending()
         while self.running:
-            self._requeue(self.running.pop())
+            self._requeue(self.running.popitem()[0])

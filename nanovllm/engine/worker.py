@@ -35,5 +35,4 @@ def run_worker(port: int, rank: int) -> None:
     store.set(f"ready/{rank}", "yes")
     group = TensorParallelGroup(store, rank, size, device)
     ParallelModelRunner(dataclasses.replace(config, device=str(device)), group).serve()
-    group.close()
     os._exit(0)  # nothing is left to do; an interpreter that ends beside C++ threads may abort

@@ -100,7 +100,8 @@ class RotaryEmbedding(nn.Module):
             raise ValueError(f"rope_type {kind!r} of config.json is not supported, "
                              f"only {sorted(ROPE_TYPES)}")
         if (share := rope.get("partial_rotary_factor", 1.0)) != 1.0:
-            raise ValueError(f"partial_rotary_factor={share} of config.json is not supported, only 1")
+            raise ValueError(f"partial_rotary_factor={share} of config.json is not supported, "
+                             "only 1")
         with torch.device("cpu"):  # the same table for every device, which the model then moves to
             positions = torch.arange(max_position).float()
             its = (positions,) if kind == "dynamic" else ()  # the others are the same everywhere

@@ -66,7 +66,7 @@ class Sampler(nn.Module):
     def forward(self, logits: torch.Tensor, params: list[SamplingParams],
                 indices: list[int]) -> torch.Tensor:
         """Token ids [R] from logits [R, V], the rows' parameters, and how many they drew before."""
-        tokens = logits.argmax(-1)
+        tokens = logits.max(-1).indices             # argmax, but fast for bf16 on a CPU too
         random = [i for i, p in enumerate(params) if p.temperature > 0]
         if random:
             tokens[random] = self._draw(logits[random], [params[i] for i in random],

@@ -120,6 +120,7 @@ class Qwen3Model(nn.Module):
 class Qwen3ForCausalLM(nn.Module):
     """The decoder and its head. The two are apart, since logits are due for few positions only."""
     model_class = Qwen3Model
+    supports_graphs = True  # no step of it waits for a value on the host (CUDA Graphs, day 6)
     # how each matrix may be split over ranks; day 6 reads it, nothing here knows of ranks
     parallel_plan = {
         "embed_tokens": "vocab", "qkv_proj": "column", "o_proj": "row",

@@ -59,3 +59,4 @@ class Qwen3MoeModel(Qwen3Model):
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
     """The same head. The plan splits every expert as it splits any MLP; the router is whole."""
     model_class = Qwen3MoeModel
+    supports_graphs = False  # which experts run is decided on the host

@@ -88,14 +88,9 @@ class TensorParallelGroup:
         return int(smallest)
 
     def close(self) -> None:
-        """Give NCCL's memory back."""
+        """Give NCCL's memory back; what still waits for another rank on the GPU ends here."""
         if self.data is not self.control:
-            self.data.shutdown()
-
-    def abort(self) -> None:
-        """End what the GPU waits for in vain, since NCCL's kernels would spin for ever."""
-        if self.data is not self.control:
-            self.data.abort()
+            self.data.abort()          # shutdown() would wait for ranks that may be gone
 
 
 def torchrun_launched(world_size: int) -> bool:

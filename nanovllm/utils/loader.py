@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "PIECE_BYTES", "checkpoint_files", "load_targets", "default_weight_loader", "load_model",
-    "init_dummy_weights",
+    "allocate_parameters", "init_dummy_weights",
 ]
 
 import json
@@ -117,6 +117,18 @@ def _may_be_left_over(name: str, model: nn.Module) -> bool:
 def _some(names: list[str]) -> str:
     """Names for an error, the first few of many."""
     return f"{len(names)} tensor(s): " + ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+
+
+def allocate_parameters(model: nn.Module, device: torch.device | str) -> nn.Module:
+    """Give a model made on the meta device its memory, unfilled; buffers go to `device` as well."""
+    made = {}  # a shared parameter stays shared
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+                setattr(module, name, made[parameter])
+    return model.to(device)
 
 
 def init_dummy_weights(model: nn.Module, seed: int = 0) -> None:

@@ -1,0 +1,519 @@
+#!/usr/bin/env python3
+"""Everything that needs a GPU, in one go of less than ten minutes.
+
+    python tools/gpu_run.py OUT                 one GPU: kernels, graphs, memory, soak, benchmarks
+    python tools/gpu_run.py OUT --gpus 2        two GPUs: tensor parallelism over NCCL
+    python tools/gpu_run.py OUT --only tokens   some of the stages
+    python tools/gpu_run.py OUT --dry-run       only say what would run
+
+Each stage is a process of its own with a time limit, so that one that fails or hangs costs no
+other. OUT gets results.json, a log of every stage, and pictures. It needs PyTorch with CUDA, Triton,
+transformers and matplotlib; the stage `notebooks` needs nbclient, ipykernel and fastcore too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "nbs")]
+
+SHAPES = {  # hidden, layers, heads, kv heads, inner, tied; Qwen3 technical report, table 1
+    "qwen3-0.6b": (1024, 28, 16, 8, 3072, True), "qwen3-4b": (2560, 36, 32, 8, 9728, True),
+    "qwen3-14b": (5120, 40, 40, 8, 17408, False)}
+
+
+def shape_folder(name: str, layers: int | None = None) -> str:
+    """A temporary folder with the config.json of this shape, and no weights."""
+    import transformers
+    hidden, depth, heads, kv_heads, inner, tied = SHAPES[name]
+    folder = tempfile.mkdtemp(prefix="nanovllm-")
+    transformers.Qwen3Config(
+        hidden_size=hidden, num_hidden_layers=layers or depth, num_attention_heads=heads,
+        head_dim=128, num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=151_936,
+        tie_word_embeddings=tied, max_position_embeddings=40_960, dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"], bos_token_id=None, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}).save_pretrained(folder)
+    return folder
+
+
+def bandwidth() -> float:
+    """Bytes a second of a large copy on this GPU, read and written."""
+    import torch
+    source, target = torch.empty(2, 2**32, dtype=torch.uint8, device="cuda")
+    laps = []
+    for _ in range(12):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+        start.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        laps.append(start.elapsed_time(end))
+    return 2 * source.nbytes / statistics.median(laps) * 1e3
+
+
+def decode_seconds(llm, rows: int, prompt: int, new: int, seed: int = 0) -> float:
+    """Median seconds of the engine's steps in which `rows` sequences decode, all host work in it."""
+    from nanovllm import SamplingParams
+    rng = random.Random(seed)
+    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    for _ in range(rows):
+        llm.add_request([rng.randrange(150_000) for _ in range(prompt)], params)
+    laps = []
+    while not llm.is_finished():
+        start = time.perf_counter()
+        llm.step()
+        laps.append(time.perf_counter() - start)
+    return statistics.median(laps[-new + 3:-2])
+
+
+def environment(out: Path) -> dict:
+    """What this machine is."""
+    import torch
+    import transformers
+    import triton
+    return {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count(),
+            "memory_gb": torch.cuda.get_device_properties(0).total_memory / 1e9,
+            "python": sys.version.split()[0], "torch": torch.__version__,
+            "triton": triton.__version__, "transformers": transformers.__version__,
+            "copy_gb_per_s": bandwidth() / 1e9}
+
+
+SANITIZED = """
+import torch
+from nanovllm.layers.triton_kernels import paged_decode, store_kvcache_triton
+torch.manual_seed(0)
+k, v = torch.randn(2, 9, 4, 64, device="cuda", dtype=torch.bfloat16)
+caches = torch.zeros(2, 5, 16, 4, 64, device="cuda", dtype=torch.bfloat16)
+slots = torch.tensor([3, -1, 79, 16, 17, 40, 0, 1, 2], dtype=torch.int32, device="cuda")
+store_kvcache_triton(k, v, *caches, slots)
+tables = torch.tensor([[4, 0, 1], [2, 0, 0], [3, 0, 0]], dtype=torch.int32, device="cuda")
+lens = torch.tensor([45, 7, 0], dtype=torch.int32, device="cuda")
+for parts in (1, 4):
+    out = paged_decode(torch.randn(3, 8, 64, device="cuda", dtype=torch.bfloat16), *caches, tables, lens, .1, parts)
+torch.cuda.synchronize()
+assert out.isfinite().all()
+print("ran")
+"""
+
+
+def sanitizer(out: Path) -> dict:
+    """compute-sanitizer's memcheck over the store and decode kernels."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return {"skipped": "compute-sanitizer is not on this machine"}
+    done = subprocess.run([tool, "--tool", "memcheck", "--error-exitcode", "3", sys.executable,
+                           "-c", SANITIZED], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+                               "PYTHONPATH": str(ROOT)})
+    print(done.stdout[-3000:], done.stderr[-3000:])
+    assert done.returncode == 0 and "ran" in done.stdout, done.returncode
+    return {"memcheck": [line for line in done.stdout.splitlines() if "SUMMARY" in line]}
+
+
+def tokens(out: Path) -> dict:
+    """In fp32: replayed against launched, every backend that works here, and transformers."""
+    import torch
+    from fixtures import hf_generate, make_checkpoint, random_prompts
+    from nanovllm import LLM, SamplingParams
+    torch.backends.cuda.matmul.allow_tf32 = False
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    report = {}
+    for family, shape in (("qwen3", dict(num_attention_heads=4)),
+                          ("llama", dict(num_key_value_heads=1, vocab_size=101)),
+                          ("qwen3", dict(head_dim=24, tie_word_embeddings=True))):
+        folder, model = make_checkpoint(family, **shape)
+        prompts = random_prompts([5, 70, 33, 1, 100, 17], model.config.vocab_size)
+        want = [hf_generate(model, prompt, 24) for prompt in prompts]
+        for backend, eager in (("triton", False), ("triton", True), ("sdpa", True)):
+            with LLM(folder, attention_backend=backend, enforce_eager=eager, kvcache_block_size=16,
+                     num_kvcache_blocks=24, max_model_len=160, max_num_seqs=5,
+                     max_num_batched_tokens=48) as llm:
+                outs = llm.generate(prompts, params, use_tqdm=False)
+                preemptions = llm.stats.preemptions
+            same = sum(o["token_ids"] == w for o, w in zip(outs, want))
+            name = f"{family} {shape} {backend} {'launched' if eager else 'replayed'}"
+            report[name] = f"{same} of {len(want)} ({preemptions} preemptions)"
+            print(name, report[name], flush=True)
+            assert same == len(want), name
+    return report
+
+
+def sizing(out: Path) -> dict:
+    """The KV cache takes what is left, also beside another process, and a run stays within it."""
+    import torch
+    from nanovllm import LLM, SamplingParams
+    folder, report = shape_folder("qwen3-0.6b"), {}
+    total = torch.cuda.mem_get_info()[1]
+    holder = None
+    for what in ("alone", "beside a process with 20 GB"):
+        if what != "alone":
+            holder = subprocess.Popen(
+                [sys.executable, "-c", "import torch; x = torch.zeros(20 * 10**9, dtype=torch.uint8, "
+                 "device='cuda'); torch.cuda.synchronize(); print('held', flush=True); input()"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            holder.stdout.readline()
+        free = torch.cuda.mem_get_info()[0]
+        with LLM(folder, load_format="dummy", max_num_seqs=256) as llm:
+            rng = random.Random(0)
+            prompts = [[rng.randrange(150_000) for _ in range(1000)] for _ in range(40)]
+            llm.generate(prompts, SamplingParams(temperature=.8, top_p=.9, max_tokens=8),
+                         use_tqdm=False)
+            left = torch.cuda.mem_get_info()[0]
+            report[what] = {"blocks": llm.runner.num_blocks, "free_before_gb": free / 1e9,
+                            "engine_took_gb": (free - left) / 1e9, "left_gb": left / 1e9,
+                            "wanted_share": .9, "took_share": (free - left) / total}
+        print(what, report[what], flush=True)
+        torch.cuda.empty_cache()
+    holder.communicate("\n")
+    assert report["alone"]["blocks"] > report["beside a process with 20 GB"]["blocks"]
+    assert report["alone"]["took_share"] < .92
+    return report
+
+
+def decode(out: Path) -> dict:
+    """What share of the memory's limit decode reaches, and what each part of part one gives."""
+    import torch
+    from nanovllm import LLM
+    from nanovllm.engine.model_runner import MODEL_OPTIMIZERS
+    report, speed = {}, bandwidth()
+    configs = {"all": {}, "no CUDA Graphs": dict(enforce_eager=True),
+               "no Triton": dict(attention_backend="sdpa")}
+    for shape, prompt, new in (("qwen3-0.6b", 512, 128), ("qwen3-4b", 512, 64)):
+        hidden, layers, heads, kv_heads, *_ = SHAPES[shape]
+        folder = shape_folder(shape)
+        for name, settings in configs.items():
+            fuse = MODEL_OPTIMIZERS["cuda"]
+            if name == "no Triton":
+                MODEL_OPTIMIZERS["cuda"] = lambda model: model
+            with LLM(folder, load_format="dummy", max_model_len=1024, max_num_seqs=256,
+                     **settings) as llm:
+                weights = sum(p.nbytes for p in llm.runner.model.parameters())
+                for rows in (1, 32, 256) if name == "all" or shape == "qwen3-0.6b" else (1,):
+                    seconds = decode_seconds(llm, rows, prompt, new)
+                    keys = 2 * layers * kv_heads * 128 * 2 * rows * (prompt + new / 2)
+                    limit = (weights + keys) / speed
+                    report[f"{shape}, {rows} rows, {name}"] = {
+                        "ms_per_step": seconds * 1e3, "tokens_per_s": rows / seconds,
+                        "limit_ms": limit * 1e3, "share_of_limit": limit / seconds}
+                    print(shape, rows, name, report[f"{shape}, {rows} rows, {name}"], flush=True)
+            MODEL_OPTIMIZERS["cuda"] = fuse
+            torch.cuda.empty_cache()
+    return report
+
+
+def bench(out: Path, name: str, *options: str) -> dict:
+    """bench.py with these options; its JSON."""
+    file = out / f"bench_{name}.json"
+    subprocess.run([sys.executable, ROOT / "bench.py", "--device", "cuda", "--dtype", "bfloat16",
+                    "--quiet", "--json", file, *options], cwd=ROOT, check=True)
+    return json.loads(file.read_text())
+
+
+def bench_small(out: Path) -> dict:
+    """nano-vllm's 256 requests on Qwen3-0.6B's shape, against static batches of transformers."""
+    return bench(out, "qwen3-0.6b", "--shape", "qwen3-0.6b", "--scale", "1", "--runs", "1",
+                 "--engines", "nanovllm", "hf", "--hf-batch", "32", "--limit", "60",
+                 "--config", "eager:enforce_eager=True",
+                 "--config", "noprefix:enable_prefix_caching=False")
+
+
+def bench_large(out: Path) -> dict:
+    """The same on Qwen3-4B's shape, against transformers."""
+    return bench(out, "qwen3-4b", "--shape", "qwen3-4b", "--scale", "1", "--runs", "1", "--engines",
+                 "nanovllm", "hf", "--hf-batch", "32", "--limit", "40")
+
+
+def soak(out: Path) -> dict:
+    """A minute of random requests, aborts and bad requests: memory and blocks."""
+    return bench(out, "soak", "--soak", "0.7")
+
+
+def notebooks(out: Path) -> dict:
+    """The notebooks with their GPU cells; the files with the new outputs go to OUT."""
+    report = {}
+    for day in (3, 6):
+        done = subprocess.run([sys.executable, ROOT / "tools" / "run_notebooks.py", str(day), "--flags",
+                               "gpu", "--only-flagged"], cwd=ROOT, capture_output=True, text=True)
+        print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
+        report[f"day {day}"] = "ok" if done.returncode == 0 else "failed"
+        for file in (ROOT / "nbs").glob(f"0{day}_*.ipynb"):
+            shutil.copy(file, out)
+    assert "failed" not in report.values(), report
+    return report
+
+
+def tp_tokens(out: Path) -> dict:
+    """Two ranks against one and transformers in fp32; pools of equal size on both ranks."""
+    import torch
+    from fixtures import hf_generate, make_checkpoint, random_prompts
+    from nanovllm import LLM, SamplingParams
+    params, report = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), {}
+    for shape in (dict(num_key_value_heads=2),
+                  dict(num_key_value_heads=1, vocab_size=101, tie_word_embeddings=True)):
+        folder, model = make_checkpoint(num_attention_heads=4, **shape)
+        prompts = random_prompts([5, 9, 33, 17], model.config.vocab_size)
+        want = [hf_generate(model, prompt, 16) for prompt in prompts]
+        for size, eager in ((1, False), (2, False), (2, True)):
+            start = time.perf_counter()
+            with LLM(folder, tensor_parallel_size=size, enforce_eager=eager, max_model_len=128,
+                     num_kvcache_blocks=5, kvcache_block_size=16, max_num_seqs=4) as llm:
+                outs = llm.generate(prompts, params, use_tqdm=False)
+                preemptions = llm.stats.preemptions
+            same = sum(o["token_ids"] == w for o, w in zip(outs, want))
+            name = f"{shape}, {size} rank(s), {'launched' if eager else 'replayed'}"
+            report[name] = f"{same} of {len(want)} ({preemptions} preemptions)"
+            print(name, report[name], f"{time.perf_counter() - start:.1f} s", flush=True)
+            assert same == len(want), name
+    assert not torch.cuda.is_available() or torch.cuda.device_count() >= 2
+    return report
+
+
+def tp_logprobs(out: Path) -> dict:
+    """Qwen3-4B's shape in bf16: log-probabilities of two ranks against one, beside bf16's own noise."""
+    import torch
+    import transformers
+    from nanovllm import LLM, SamplingParams
+    folder = shape_folder("qwen3-4b")
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.Qwen3ForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    generator = torch.Generator("cuda").manual_seed(0)
+    for name, weight in model.named_parameters():  # at the usual 0.02 most mistakes do not show
+        mean, std = (1.0, 0.3) if "norm" in name else (0.0, 1.8 * config.hidden_size**-0.5)
+        weight.data.normal_(mean, std, generator=generator)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    rng = random.Random(0)
+    prompts = [[rng.randrange(150_000) for _ in range(64)] for _ in range(4)]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1)
+    found = {}
+    for name, settings in {"one": {}, "one, sdpa": dict(attention_backend="sdpa"),
+                           "two": dict(tensor_parallel_size=2)}.items():
+        with LLM(folder, max_model_len=128, num_kvcache_blocks=64, max_num_seqs=4,
+                 **settings) as llm:
+            outs = llm.generate(prompts, params, use_tqdm=False)
+        found[name] = [[entry[token] for entry, token in zip(o["prompt_logprobs"][1:],
+                                                             o["prompt_token_ids"][1:])]
+                       for o in outs]
+        torch.cuda.empty_cache()
+    difference = lambda a, b: max(abs(x - y) for p, q in zip(found[a], found[b])
+                                  for x, y in zip(p, q))
+    report = {"two against one": difference("two", "one"),
+              "one: triton against sdpa": difference("one", "one, sdpa")}
+    print(report)
+    assert report["two against one"] < .15, report
+    return report
+
+
+def trace(llm, path: Path, title: str) -> float:
+    """The share of a decode step that all_reduce kernels take, drawn; on the GPU of rank 0."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as prof:
+        for _ in range(3):
+            llm.step()
+    cuda = torch.autograd.DeviceType.CUDA
+    events = [(e.time_range.start, e.time_range.elapsed_us(), "nccl" in e.name.lower())
+              for e in prof.events() if e.device_type == cuda and "gpu_user" not in e.name]
+    start, end = min(e[0] for e in events), max(e[0] + e[1] for e in events)
+    talk = sum(length for _, length, is_talk in events if is_talk)
+    work = sum(length for _, length, is_talk in events if not is_talk)
+    fig, ax = plt.subplots(figsize=(8.4, 1.8), layout="constrained")
+    for is_talk, color, label in ((False, "#3b78b5", "compute"), (True, "#e08a2c", "all_reduce")):
+        ax.broken_barh([(s - start, n) for s, n, t in events if t is is_talk], (0, 1), color=color,
+                       label=label)
+    middle = (start + end) / 2 - start
+    ax.set(yticks=[], xlabel="microseconds", title=title, xlim=(middle, middle + (end - start) / 60))
+    ax.legend(loc="upper right", ncols=2)
+    fig.savefig(path, dpi=100)
+    return talk / (talk + work)
+
+
+def tp_speed(out: Path) -> dict:
+    """Time per step with one and two GPUs; the share of all_reduce; a worker killed."""
+    import torch
+    from nanovllm import LLM, SamplingParams
+    report, rng = {}, random.Random(1)
+    for shape in ("qwen3-14b", "qwen3-4b"):
+        folder = shape_folder(shape)
+        for size in (2, 1):
+            start = time.perf_counter()
+            llm = LLM(folder, load_format="dummy", tensor_parallel_size=size, max_model_len=1024,
+                      max_num_seqs=256)
+            report[f"{shape}, {size} GPU(s)"] = {"blocks": llm.runner.num_blocks,
+                                                 "start_s": time.perf_counter() - start}
+            for rows in (1, 32, 256):
+                seconds = decode_seconds(llm, rows, 256, 40)
+                report[f"{shape}, {size} GPU(s), {rows} rows"] = {
+                    "ms_per_step": seconds * 1e3, "tokens_per_s": rows / seconds}
+                print(shape, size, rows, f"{seconds * 1e3:.2f} ms", flush=True)
+                if size == 2 and rows in (1, 256):
+                    for _ in range(rows):
+                        llm.add_request([rng.randrange(150_000) for _ in range(256)], SamplingParams(
+                            temperature=0, max_tokens=12, ignore_eos=True))
+                    for _ in range(6):
+                        llm.step()
+                    share = trace(llm, out / f"trace_{shape}_{rows}.png",
+                                  f"{shape}, two GPUs, {rows} row(s): a piece of a decode step")
+                    report[f"{shape}, {rows} rows: share of all_reduce"] = share
+                    print("  all_reduce", f"{share:.0%}", flush=True)
+                    while not llm.is_finished():
+                        llm.step()
+            if size == 2 and shape == "qwen3-4b":
+                report["worker killed"] = kill_worker(llm)
+            start = time.perf_counter()
+            llm.close()
+            report[f"{shape}, {size} GPU(s)"]["close_s"] = time.perf_counter() - start
+            del llm
+            torch.cuda.empty_cache()
+            (out / "tp_speed_partial.json").write_text(json.dumps(report, indent=1))
+    return report
+
+
+def kill_worker(llm) -> dict:
+    """A worker killed in the middle of decoding: seconds until rank 0 says so, and what stays."""
+    from nanovllm import SamplingParams
+    worker = llm.runner.workers.processes[1]
+    for _ in range(8):
+        llm.add_request([5] * 64, SamplingParams(temperature=0, max_tokens=900, ignore_eos=True))
+    for _ in range(5):
+        llm.step()
+    killed = []
+    def kill():
+        killed.append(time.perf_counter())
+        os.kill(worker.pid, signal.SIGKILL)
+    threading.Timer(.5, kill).start()
+    try:
+        while not llm.is_finished():
+            llm.step()
+    except RuntimeError as error:
+        seconds, message = time.perf_counter() - killed[0], str(error)
+    print("killed:", f"{seconds:.2f} s", message, flush=True)
+    assert seconds < 10 and "rank 1 ended" in message
+    llm.close()
+    time.sleep(1)
+    listed = subprocess.run(["nvidia-smi", "-i", "1", "--query-gpu=memory.used",
+                             "--format=csv,noheader,nounits"], capture_output=True, text=True).stdout
+    print("MiB in use on GPU 1 afterwards:", listed, flush=True)
+    return {"seconds": seconds, "message": message, "mib_on_gpu_1_afterwards": listed.strip()}
+
+
+TORCHRUN = """
+import sys
+sys.path[:0] = [{root!r}, {nbs!r}]
+from nanovllm import LLM, SamplingParams
+with LLM({folder!r}, tensor_parallel_size=2, num_kvcache_blocks=16, max_model_len=64, max_num_seqs=4) as llm:
+    outs = llm.generate([[1, 2, 3], [7] * 20], SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    print("tokens", [o["token_ids"] for o in outs])
+"""
+
+
+def tp_torchrun(out: Path) -> dict:
+    """The same script under torchrun, two ranks on this host."""
+    from fixtures import hf_generate, make_checkpoint
+    folder, model = make_checkpoint(num_attention_heads=4)
+    want = [hf_generate(model, prompt, 16) for prompt in ([1, 2, 3], [7] * 20)]
+    script = Path(tempfile.mkdtemp()) / "script.py"
+    script.write_text(TORCHRUN.format(root=str(ROOT), nbs=str(ROOT / "nbs"), folder=str(folder)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc-per-node", "2", str(script)], capture_output=True, text=True,
+                          timeout=100)
+    print(done.stdout, done.stderr[-3000:])
+    assert f"tokens {want}" in done.stdout
+    return {"same tokens": True, "exit code": done.returncode}
+
+
+STAGES = {  # GPUs -> stage -> (function, seconds that it may take)
+    1: {"environment": (environment, 60), "tokens": (tokens, 90), "decode": (decode, 150),
+        "bench_small": (bench_small, 170), "sanitizer": (sanitizer, 60), "sizing": (sizing, 60),
+        "soak": (soak, 90), "notebooks": (notebooks, 150), "bench_large": (bench_large, 120)},
+    2: {"environment": (environment, 60), "tp_tokens": (tp_tokens, 130), "tp_speed": (tp_speed, 220),
+        "tp_torchrun": (tp_torchrun, 60), "tp_logprobs": (tp_logprobs, 110)}}
+
+
+def run_stage(out: Path, name: str, seconds: float) -> dict:
+    """The stage in a process of its own; its result, or why there is none."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, str(out), "--stage", name]
+    with open(out / f"{name}.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
+                                   env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                                   start_new_session=True)
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            status = f"cut after {seconds:.0f} s"
+    file = out / f"{name}.result"
+    result = {"status": status, "seconds": round(time.perf_counter() - start, 1)}
+    if file.exists():
+        result["result"] = json.loads(file.read_text())
+        file.unlink()
+    return result
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder for results, logs and pictures")
+    parser.add_argument("--gpus", type=int, default=1, choices=STAGES, help="default: 1")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="some of the stages")
+    parser.add_argument("--limit", type=float, default=570, metavar="S", help="seconds in all")
+    parser.add_argument("--dry-run", action="store_true", help="only list the stages")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    everything = {name: stage for stages in STAGES.values() for name, stage in stages.items()}
+    if args.stage:
+        result = everything[args.stage][0](args.out)
+        (args.out / f"{args.stage}.result").write_text(json.dumps(result))
+        return 0
+    chosen = args.only or list(STAGES[args.gpus])
+    if unknown := set(chosen) - set(everything):
+        parser.error(f"no such stage: {', '.join(sorted(unknown))} (there are: {', '.join(everything)})")
+    for name in chosen:
+        function, seconds = everything[name]
+        print(f"{name:12} up to {seconds:3} s: {function.__doc__.splitlines()[0]}")
+    if args.dry_run:
+        return 0
+    import torch
+    if torch.cuda.device_count() < args.gpus:
+        parser.error(f"--gpus {args.gpus}: this machine has {torch.cuda.device_count()} GPU(s) that "
+                     "PyTorch can use")
+    args.out.mkdir(parents=True, exist_ok=True)
+    deadline, results = time.perf_counter() + args.limit, {}
+    for name in chosen:
+        left = deadline - time.perf_counter()
+        if left < 15:
+            results[name] = {"status": "no time left"}
+        else:
+            results[name] = run_stage(args.out, name, min(everything[name][1], left))
+        (args.out / "results.json").write_text(json.dumps(results, indent=1))
+        print(f"{name:12} {results[name]['status']} {results[name].get('seconds', '')}", flush=True)
+        print((args.out / f"{name}.log").read_text()[-700:] if results[name]["status"] else "",
+              flush=True)
+    failed = [name for name, result in results.items() if result["status"]]
+    print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
