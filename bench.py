@@ -143,45 +143,23 @@ def longest_request(requests: list[dict]) -> int:
 # Figures of a run
 # -----------------------------------------------------------------------------------------------
 
-def percentile(values: list[float], q: float) -> float | None:
-    """The q-th percentile, between two neighbours as numpy has it by default; None of nothing."""
-    if not values:
-        return None
-    values = sorted(values)
-    place = (len(values) - 1) * q / 100
-    low = int(place)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (values[high] - values[low]) * (place - low)
-
-
-def spread(values: list[float]) -> dict | None:
-    """Of one run's latencies: mean, median, tail."""
-    if not values:
-        return None
-    return {"mean": sum(values) / len(values), "max": max(values),
-            **{f"p{q}": percentile(values, q) for q in (50, 95, 99)}}
-
-
 def figures(requests: list[dict], result: dict) -> dict:
     """What a client sees of a run: rates a second, latencies in seconds.
 
     result: what `Recorder.result` made, times in seconds since the start of the run.
     """
+    from nanovllm.utils.metrics import latency_figures  # brings PyTorch: not for --help
     arrived, times, wall = result["arrived"], result["times"], result["seconds"]
     started = [i for i, t in enumerate(times) if t]
     output = sum(map(len, times))
     prompt = sum(len(requests[i]["prompt"]) for i in started)
-    gaps = [b - a for t in times for a, b in zip(t, t[1:])]
     out = {
         "seconds": wall, "was_cut": result["was_cut"],
         "finished_requests": sum(len(t) == r["max_tokens"] for t, r in zip(times, requests)),
         "prompt_tokens": prompt, "output_tokens": output,
         "output_throughput": output / wall if wall else 0.0,
         "total_throughput": (output + prompt) / wall if wall else 0.0,
-        "ttft": spread([times[i][0] - arrived[i] for i in started]),
-        "tpot": spread([(t[-1] - t[0]) / (len(t) - 1) for t in times if len(t) > 1]),
-        "itl": spread(gaps),
-        "latency": spread([t[-1] - a for t, a in zip(times, arrived) if t]),
+        **latency_figures(arrived, times),
     }
     cached = result.get("cached_tokens")
     out["prefix_hit_rate"] = None if cached is None else cached / prompt if prompt else 0.0

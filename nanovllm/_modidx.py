@@ -688,4 +688,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'nanovllm.utils.loader.init_dummy_weights': ( 'model.html#init_dummy_weights',
                                                                                      'nanovllm/utils/loader.py'),
                                        'nanovllm.utils.loader.load_model': ('model.html#load_model', 'nanovllm/utils/loader.py'),
-                                       'nanovllm.utils.loader.load_targets': ('model.html#load_targets', 'nanovllm/utils/loader.py')}}}
+                                       'nanovllm.utils.loader.load_targets': ('model.html#load_targets', 'nanovllm/utils/loader.py')},
+            'nanovllm.utils.metrics': { 'nanovllm.utils.metrics.latency_figures': ( 'benchmark.html#latency_figures',
+                                                                                    'nanovllm/utils/metrics.py'),
+                                        'nanovllm.utils.metrics.percentile': ('benchmark.html#percentile', 'nanovllm/utils/metrics.py'),
+                                        'nanovllm.utils.metrics.spread': ('benchmark.html#spread', 'nanovllm/utils/metrics.py')}}}

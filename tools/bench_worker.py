@@ -10,6 +10,7 @@ from __future__ import annotations  # a worker may be an older Python than the o
 
 import contextlib
 import gc
+import inspect
 import json
 import os
 import random
@@ -78,6 +79,8 @@ class Recorder:
     def result(self, **more) -> dict:
         """All of it, ready for JSON."""
         last = max((t[-1] for t in self.times if t), default=self.now())
+        if all(len(t) == r["max_tokens"] for t, r in zip(self.times, self.requests)):
+            self.was_cut = False  # the limit passed when all was done
         return dict(arrived=[0.0 if a is None else a for a in self.arrived], times=self.times,
                     tokens=self.tokens, seconds=self.now() if self.was_cut else last,
                     was_cut=self.was_cut, **more)
@@ -265,9 +268,6 @@ class HuggingFaceContinuous(StepEngine):
         self.model, self.device = load_hf_model(model, device, dtype, is_dummy), device
         self.manager = None
 
-    def before_run(self):
-        """Nothing: the pool is sized to the requests, in `run`."""
-
     def run(self, requests, temperature, limit, tell):
         from transformers import ContinuousBatchingConfig, GenerationConfig
         page = 256  # its tokens per block
@@ -280,7 +280,7 @@ class HuggingFaceContinuous(StepEngine):
         self.manager = self.model.init_continuous_batching(
             generation_config=GenerationConfig(**sampling),
             continuous_batching_config=ContinuousBatchingConfig(**sizes))
-        if self.device.startswith("cuda"):
+        if self.device.startswith("cuda") and hasattr(self.manager, "warmup"):
             self.manager.warmup()
         self.manager.start()
         self.open = {}
@@ -290,7 +290,7 @@ class HuggingFaceContinuous(StepEngine):
         name = self.manager.add_request(
             request["prompt"], request_id=str(index), max_new_tokens=request["max_tokens"],
             streaming=True, record_timestamps=True)
-        self.open[name] = [index, 0, time.perf_counter()]
+        self.open[name] = [index, 0]  # and how many tokens were seen
 
     def step(self):
         out = self.manager.get_result(timeout=0.01)
@@ -303,7 +303,7 @@ class HuggingFaceContinuous(StepEngine):
         if out.request_id not in self.open:
             return []
         entry = self.open[out.request_id]
-        index, seen, _ = entry
+        index, seen = entry
         entry[1] = len(out.generated_tokens)
         if out.is_finished():
             del self.open[out.request_id]
@@ -315,8 +315,11 @@ class HuggingFaceContinuous(StepEngine):
         return not self.open
 
     def drop_all(self):
-        self.manager.stop(block=True, timeout=30, **({"hard_stop": True} if self.open else {}))
-        self.manager.destroy()
+        can_drop = "hard_stop" in inspect.signature(self.manager.stop).parameters  # newer ones
+        drop = {"hard_stop": True} if self.open and can_drop else {}
+        self.manager.stop(block=True, timeout=30, **drop)
+        if hasattr(self.manager, "destroy"):
+            self.manager.destroy()
 
 
 class VLLM(StepEngine):
