@@ -454,8 +454,8 @@ STAGES = {  # GPUs -> stage -> (function, seconds that it may take)
     1: {"environment": (environment, 60), "tokens": (tokens, 90), "decode": (decode, 150),
         "bench_small": (bench_small, 170), "sanitizer": (sanitizer, 60), "sizing": (sizing, 60),
         "soak": (soak, 90), "notebooks": (notebooks, 150), "bench_large": (bench_large, 120)},
-    2: {"environment": (environment, 60), "tp_speed": (tp_speed, 220),
-        "tp_torchrun": (tp_torchrun, 90), "tp_logprobs": (tp_logprobs, 110),
+    2: {"environment": (environment, 60), "tp_speed": (tp_speed, 165),
+        "tp_torchrun": (tp_torchrun, 60), "tp_logprobs": (tp_logprobs, 110),
         "tp_tokens": (tp_tokens, 130)}}
 
 
