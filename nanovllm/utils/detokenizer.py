@@ -13,7 +13,7 @@ class Detokenizer:
             raise ValueError("stop needs text, and the model has no tokenizer: leave it out")
         self.tokenizer, self.stop = tokenizer, stop
         self.token_ids: list[int] = []
-        self.text = ""                 # whole characters, decoded so far; ends before a stop string
+        self.text = ""                 # whole characters, so far; ends before a stop string
         self.stopped = False           # a stop string was found
         self._start = self._read = 0   # tokens before _read are in the text
         self._emitted = 0              # characters that can no longer be taken back
