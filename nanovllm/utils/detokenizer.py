@@ -20,7 +20,7 @@ class Detokenizer:
 
     @property
     def emitted(self) -> str:
-        """The text that is certain: no later token changes it. It is decoded when it is asked for."""
+        """The text that is certain: no later token changes it. Decoded when it is asked for."""
         if self._read < len(self.token_ids):
             self._decode(final=False)
         return self.text[:self._emitted]
