@@ -13,14 +13,14 @@ class Detokenizer:
             raise ValueError("stop needs text, and the model has no tokenizer: leave it out")
         self.tokenizer, self.stop = tokenizer, stop
         self.token_ids: list[int] = []
-        self.text = ""                 # whole characters, decoded so far; ends before a stop string
+        self.text = ""                 # whole characters, so far; ends before a stop string
         self.stopped = False           # a stop string was found
         self._start = self._read = 0   # tokens before _read are in the text
         self._emitted = 0              # characters that can no longer be taken back
 
     @property
     def emitted(self) -> str:
-        """The text that is certain: no later token changes it. It is decoded when it is asked for."""
+        """The text that is certain: no later token changes it. Decoded when it is asked for."""
         if self._read < len(self.token_ids):
             self._decode(final=False)
         return self.text[:self._emitted]
