@@ -1,4 +1,4 @@
-"""Day 6 without a GPU: kernels in Triton's interpreter, recordings with a stand-in, no Triton at all."""
+"""Day 6 without a GPU: kernels in Triton's interpreter, recordings with a stand-in, no Triton."""
 
 import importlib.util
 import os
@@ -50,23 +50,26 @@ for case in range(24):                                     # random shapes
     q = torch.randn(sum(news), layer.num_heads, head_dim).to(dtype)
     want = torch.cat([layer.backend.prefill(layer, q[a:b], tables[i], lens[i])
                       for i, (a, b) in enumerate(zip(starts.tolist(), starts.tolist()[1:]))])
-    got = paged_prefill(q, layer.k_cache, layer.v_cache, tables, starts, max(news), ends, layer.scale)
+    got = paged_prefill(q, layer.k_cache, layer.v_cache, tables, starts, max(news), ends,
+                        layer.scale)
     assert (got - want).abs().max() < eps, (case, "prefill")
     context = Context(starts, 1, ends, max(lens), None, tables, rows)
     want = layer.backend.decode(layer, q[:rows], context)
     for parts in (1, rng.choice([2, 4, 16])):
-        got = paged_decode(q[:rows], layer.k_cache, layer.v_cache, tables, ends, layer.scale, parts)
+        got = paged_decode(q[:rows], layer.k_cache, layer.v_cache, tables, ends, layer.scale,
+                           parts)
         assert (got - want).abs().max() < eps, (case, "decode")
 
-MODEL_OPTIMIZERS.clear()                                   # not the CPU's, but the GPU's fused layers
-# the whole engine: fused layers, our attention, recordings, chunks, preemption, against transformers
+MODEL_OPTIMIZERS.clear()                    # in place of the CPU's fused layers come the GPU's
+# the whole engine against transformers: fused layers, our attention, recordings, preemption
 greedy = SamplingParams(temperature=0, max_tokens=10)
 for family, shape in (("qwen3", dict(head_dim=24)), ("llama", dict(num_key_value_heads=1))):
     folder, model = make_checkpoint(family, **shape)
     common, *ends = random_prompts([17, 14, 13, 15, 12])
     prompts = [common + end for end in ends]
-    with LLM(folder, device="cpu", attention_backend="triton", kvcache_block_size=16, num_kvcache_blocks=6,
-             max_model_len=64, max_num_batched_tokens=24, max_num_seqs=4) as llm:
+    with LLM(folder, device="cpu", attention_backend="triton", kvcache_block_size=16,
+             num_kvcache_blocks=6, max_model_len=64, max_num_batched_tokens=24,
+             max_num_seqs=4) as llm:
         fuse(llm.runner.model)
         llm.runner.capture_cudagraph([1, 2, 4])
         outs = llm.generate(prompts, greedy, use_tqdm=False)
@@ -112,7 +115,8 @@ except ValueError as error:
     assert "attention_backend" in str(error), error
     print(error)
 """)
-    assert done.returncode == 0 and "attention_backend 'triton' cannot work here" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "attention_backend 'triton' cannot work here" in done.stdout
 
 
 class PaddedBackend(SDPABackend):
@@ -135,9 +139,10 @@ def test_replayed_steps(seed, tmp_path):
     rng = random.Random(seed)
     prompts = random_prompts([rng.randrange(1, 30) for _ in range(12)], seed=seed)
     params = [SamplingParams(temperature=0, max_tokens=rng.randrange(1, 16)) for _ in prompts]
-    settings = dict(device="cpu", attention_backend="padded", kvcache_block_size=rng.choice([4, 16]),
-                    num_kvcache_blocks=rng.choice([14, 40]), max_model_len=48,
-                    max_num_seqs=rng.choice([3, 7, 16]), max_num_batched_tokens=rng.choice([16, 64]))
+    settings = dict(device="cpu", attention_backend="padded", max_model_len=48,
+                    kvcache_block_size=rng.choice([4, 16]), num_kvcache_blocks=rng.choice([14, 40]),
+                    max_num_seqs=rng.choice([3, 7, 16]),
+                    max_num_batched_tokens=rng.choice([16, 64]))
     with patch.dict(ATTENTION_BACKENDS, padded=PaddedBackend), LLM(folder, **settings) as llm:
         assert isinstance(llm.runner, GraphModelRunner)
         llm.runner.capture_cudagraph()

@@ -11,9 +11,10 @@ from fixtures import DEMO_MODEL, hf_generate, make_checkpoint, random_prompts
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.block_manager import BlockManager
-from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.model_runner import MODEL_OPTIMIZERS, ModelRunner
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.layers.attention import ATTENTION_BACKENDS
 from nanovllm.layers.layernorm import RMSNorm
 
 COURSE = json.loads(
@@ -129,10 +130,22 @@ def test_batch_size_does_not_matter(max_num_seqs, reference):
     check(reference("qwen3"), 4, num_kvcache_blocks=256, max_num_seqs=max_num_seqs)
 
 
+@pytest.mark.parametrize("bs, chunk", [(1, 7), (4, 5), (5, 16384)])
+@pytest.mark.parametrize("backend", ["sdpa", "cpu"])
+def test_every_backend_gives_the_same_tokens(backend, bs, chunk, reference):
+    if reason := ATTENTION_BACKENDS[backend].why_not(torch.device("cpu"), torch.float32, 16):
+        pytest.skip(reason)
+    check(reference("qwen3"), bs, num_kvcache_blocks=tight(bs), max_num_batched_tokens=chunk,
+          attention_backend=backend)
+
+
+@pytest.mark.parametrize("optimized", [True, False], ids=["optimized", "as-taught"])
 @pytest.mark.parametrize("chunk", [5, 16384])
 @pytest.mark.parametrize("name", SHAPES)
-def test_logits(name, chunk, reference):
+def test_logits(name, chunk, optimized, reference, monkeypatch):
     """Tokens do not catch a wrong eps: compare what they are chosen from, preempted or not."""
+    if not optimized:
+        monkeypatch.delitem(MODEL_OPTIMIZERS, "cpu")
     ref, bs = reference(name), 4
     config = Config(str(ref.folder), kvcache_block_size=bs, num_kvcache_blocks=tight(bs) + 1)
     runner = ModelRunner(config)

@@ -228,7 +228,7 @@ class LLMEngine:
 
     def _count(self, batch: list[ScheduledRow], used_blocks: int, seconds: float) -> None:
         """Book a step in the statistics."""
-        stats, computed = self.stats, sum(row.num_new_tokens for row in batch)
+        stats, computed = self.stats, self.scheduler.max_num_batched_tokens - self.scheduler.budget
         stats.steps += 1
         stats.computed_tokens += computed
         stats.generated_tokens += sum(row.samples for row in batch)
@@ -273,7 +273,7 @@ class LLMEngine:
     def _report(self, request: _Request) -> None:
         """Text of the newest token; ends the request at a stop string."""
         seq, detokenizer = request.seq, request.detokenizer
-        before = len(detokenizer.emitted)
+        before = 0 if request.is_private else len(detokenizer.emitted)  # to look is to decode
         detokenizer.append(seq.token_ids[-1])
         if detokenizer.stopped and seq.status is not SequenceStatus.FINISHED:
             self.scheduler.finish(seq, "stop")
@@ -357,14 +357,18 @@ class LLMEngine:
 
     def _run_until_finished(self, requests: list[_Request], use_tqdm: bool) -> None:
         """Step until all of these are over, showing progress."""
-        stats = self.stats
+        stats, unfinished, next_look = self.stats, requests[::-1], 0.0
         with tqdm(total=len(requests), desc="Generating", unit="request", dynamic_ncols=True,
                   disable=not use_tqdm) as bar:
-            while unfinished := [r for r in requests if r.output is None]:
+            while unfinished:
                 self._run_step()
-                bar.update(sum(r.output is not None for r in unfinished))
-                bar.set_postfix_str(f"prefill {stats.prefill_throughput:,.0f} tokens/s, "
-                                    f"decode {stats.decode_throughput:,.0f} tokens/s")
+                while unfinished and unfinished[-1].output is not None:
+                    unfinished.pop()
+                if use_tqdm and (perf_counter() > next_look or not unfinished):
+                    bar.set_postfix_str(f"prefill {stats.prefill_throughput:,.0f} tokens/s, "
+                                        f"decode {stats.decode_throughput:,.0f} tokens/s", False)
+                    bar.update(sum(r.output is not None for r in requests) - bar.n)
+                    next_look = perf_counter() + 0.1  # a user reads no faster
 
     def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
              chat_template_kwargs: dict | None = None) -> list[dict]:

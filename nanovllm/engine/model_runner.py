@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "CPU_CACHE_BYTES", "DTYPES", "MODEL_OPTIMIZERS", "RUNNERS", "resolve_device", "resolve_dtype",
-    "ModelRunner", "BlockTables", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
+    "BlockTables", "ModelRunner", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
     "GraphModelRunner", "pack_step", "unpack_step", "ParallelModelRunner", "rank_device",
     "TensorParallelRunner",
 ]
@@ -63,6 +63,48 @@ def resolve_dtype(name: str, hf_config) -> torch.dtype:
         raise ValueError(f'dtype {name!r} is not supported, choose "auto" or one of '
                          f"{sorted(DTYPES)}")
     return DTYPES[name]
+
+
+class BlockTables:
+    """Block tables as rows of one int32 array that lives on: each step writes what is new.
+
+    It relies on the BlockManager: a table only grows, and one that is given up is another list.
+    """
+
+    def __init__(self):
+        self.array = np.zeros((8, 8), dtype=np.int32)
+        self.free_rows = list(range(8))
+        self.entries: dict[int, list] = {}  # id(table) -> [row, entries written, the table]
+
+    def pack(self, tables: list[list[int]]) -> np.ndarray:
+        """These tables as a new array [R, W], W the longest, padded with 0."""
+        rows, width = [], max(map(len, tables))
+        if width > self.array.shape[1]:
+            self.array = np.pad(self.array, ((0, 0), (0, width)))
+        for table in tables:
+            entry = self.entries.get(id(table)) or self._enter(table, tables)
+            row, written, _ = entry
+            if written != len(table):
+                self.array[row, written:len(table)] = table[written:]
+                entry[1] = len(table)
+            rows.append(row)
+        return self.array[rows, :width]
+
+    def _enter(self, table: list[int], tables: list[list[int]]) -> list:
+        """An empty row for a table; rows of tables that are not in use any more come back."""
+        if not self.free_rows:
+            in_use = set(map(id, tables))
+            for key in self.entries.keys() - in_use:
+                self.free_rows.append(self.entries.pop(key)[0])
+            if len(self.free_rows) < len(self.array) // 2:  # else this would happen all the time
+                size = len(self.array)
+                self.array = np.pad(self.array, ((0, size), (0, 0)))
+                self.free_rows += range(size, 2 * size)
+        row = self.free_rows.pop()
+        self.array[row] = 0
+        # the entry holds the list, so that its id cannot become that of another
+        self.entries[id(table)] = entry = [row, 0, table]
+        return entry
 
 
 class ModelRunner:
@@ -154,8 +196,12 @@ class ModelRunner:
         elif self.num_blocks * block_bytes > self._free_memory():
             raise ValueError(f"num_kvcache_blocks: {self.num_blocks} blocks of {block_bytes:,} "
                              f"bytes do not fit into {self._free_memory():,}; choose fewer, or -1")
-        self.kv_cache = torch.zeros(2, len(layers), self.num_blocks, *shape, dtype=self.dtype,
-                                    device=self.device)
+        whole = (2, len(layers), self.num_blocks, *shape)
+        if self.device.type == "cpu":
+            pages = np.zeros(torch.Size(whole).numel() * self.dtype.itemsize, dtype=np.uint8)
+            self.kv_cache = torch.from_numpy(pages).view(self.dtype).view(whole)
+        else:
+            self.kv_cache = torch.zeros(whole, dtype=self.dtype, device=self.device)
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache):
             layer.bind_kv_cache(self.backend, k_cache, v_cache)
 
@@ -235,48 +281,6 @@ class ModelRunner:
         nothing = Context(cu_seqlens_q=torch.zeros(1, dtype=torch.int32), max_seqlen_q=0,
                           context_lens=none, slot_mapping=none, block_tables=none.view(0, 0))
         return self.execute(none, none, nothing, tokens)
-
-
-class BlockTables:
-    """Block tables as rows of one int32 array that lives on: each step writes what is new.
-
-    It relies on the BlockManager: a table only grows, and one that is given up is another list.
-    """
-
-    def __init__(self):
-        self.array = np.zeros((8, 8), dtype=np.int32)
-        self.free_rows = list(range(8))
-        self.entries: dict[int, list] = {}  # id(table) -> [row, entries written, the table]
-
-    def pack(self, tables: list[list[int]]) -> np.ndarray:
-        """These tables as a new array [R, W], W the longest, padded with 0."""
-        rows, width = [], max(map(len, tables))
-        if width > self.array.shape[1]:
-            self.array = np.pad(self.array, ((0, 0), (0, width)))
-        for table in tables:
-            entry = self.entries.get(id(table)) or self._enter(table, tables)
-            row, written, _ = entry
-            if written != len(table):
-                self.array[row, written:len(table)] = table[written:]
-                entry[1] = len(table)
-            rows.append(row)
-        return self.array[rows, :width]
-
-    def _enter(self, table: list[int], tables: list[list[int]]) -> list:
-        """An empty row for a table; rows of tables that are not in use any more come back."""
-        if not self.free_rows:
-            in_use = set(map(id, tables))
-            for key in self.entries.keys() - in_use:
-                self.free_rows.append(self.entries.pop(key)[0])
-            if len(self.free_rows) < len(self.array) // 2:  # else this would happen all the time
-                size = len(self.array)
-                self.array = np.pad(self.array, ((0, size), (0, 0)))
-                self.free_rows += range(size, 2 * size)
-        row = self.free_rows.pop()
-        self.array[row] = 0
-        # the entry holds the list, so that its id cannot become that of another
-        self.entries[id(table)] = entry = [row, 0, table]
-        return entry
 
 
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices
@@ -360,9 +364,11 @@ class GraphModelRunner(ModelRunner):
     def __init__(self, config: Config):
         self.recordings = {}                 # batch size -> (graph, its inputs, its output)
         self.graph_pool = None
-        super().__init__(config)
-        if self.uses_graphs:
-            self.capture_cudagraph()
+        self.device = resolve_device(config.device)
+        with self._on_device():
+            super().__init__(config)
+            if self.uses_graphs:
+                self.capture_cudagraph()
 
     @property
     def uses_graphs(self) -> bool:
@@ -394,9 +400,8 @@ class GraphModelRunner(ModelRunner):
 
     def _peak_bytes(self) -> int:
         """The largest step's, and what the recordings will take."""
-        with self._on_device():
-            peak = super()._peak_bytes()
-            return peak + (self._graph_bytes() if self.uses_graphs else 0)
+        peak = super()._peak_bytes()
+        return peak + (self._graph_bytes() if self.uses_graphs else 0)
 
     def _decode(self, inputs: StaticInputs) -> torch.Tensor:
         """The step that is recorded: hidden states [rows, hidden]."""
@@ -409,7 +414,7 @@ class GraphModelRunner(ModelRunner):
         if self.device.type != "cuda":
             graph = EagerGraph(step)
             return graph, graph.hidden
-        aside = torch.cuda.Stream()          # once for real, so that kernels are compiled and loaded
+        aside = torch.cuda.Stream()          # once for real: kernels are compiled and loaded
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             step()
@@ -433,12 +438,11 @@ class GraphModelRunner(ModelRunner):
         is_cuda = self.device.type == "cuda"
         host, device = (torch.zeros(sizes[0] * (4 + width), dtype=torch.int32, **where) for where
                         in (dict(pin_memory=is_cuda), dict(device=self.device)))
-        with self._on_device():
-            for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
-                inputs = StaticInputs(host, device, rows, width, config.max_model_len)
-                inputs.load()
-                graph, hidden = self._record(inputs)
-                self.recordings[rows] = graph, inputs, hidden
+        for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
+            inputs = StaticInputs(host, device, rows, width, config.max_model_len)
+            inputs.load()
+            graph, hidden = self._record(inputs)
+            self.recordings[rows] = graph, inputs, hidden
         self.recorded_sizes = sizes[::-1]
 
     def replay(self, input_ids: torch.Tensor, positions: torch.Tensor,

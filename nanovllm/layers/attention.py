@@ -323,7 +323,8 @@ class TorchBackend(FlashAttnBackend):
         return varlen_attn(
             q, layer.k_cache, layer.v_cache, context.cu_seqlens_q, _starts(context.context_lens),
             context.max_seqlen_q, context.max_context_len, scale=layer.scale,
-            window_size=(-1, 0), enable_gqa=layer.num_heads != layer.num_kv_heads,  # (-1, 0): causal
+            window_size=(-1, 0),  # any number of keys before, none after: causal
+            enable_gqa=layer.num_heads != layer.num_kv_heads,
             seqused_k=context.context_lens, block_table=context.block_tables)
 
 

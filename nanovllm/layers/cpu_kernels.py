@@ -4,9 +4,9 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "SMALL", "logger", "C_HEADER", "C_FLAGS", "C_TYPES", "C_DTYPES", "RMS_NORM_C", "SILU_C",
-    "ROPE_C", "STORE_C", "DECODE_C", "C_SOURCE", "C_SIGNATURES", "FUSED", "PackedLinear",
-    "can_pack", "pack_linears", "compile_c", "FusedRMSNorm", "FusedSiluAndMul",
-    "FusedRotaryEmbedding", "load_kernels", "CPUBackend", "optimize_for_cpu",
+    "ROPE_C", "LINEAR_C", "STORE_C", "DECODE_C", "C_SOURCE", "C_SIGNATURES", "FUSED",
+    "PackedLinear", "can_pack", "pack_linears", "compile_c", "FusedRMSNorm", "FusedSiluAndMul",
+    "FusedRotaryEmbedding", "TiledLinear", "load_kernels", "CPUBackend", "optimize_for_cpu",
 ]
 
 import ctypes
@@ -240,6 +240,95 @@ class FusedRotaryEmbedding(nn.Module):
         return q_out, k_out
 
 
+LINEAR_C = r"""
+#if defined(__AVX512F__) && !defined(__AMX_BF16__) && (!defined(BF16) || defined(__AVX512BF16__))
+#include <immintrin.h>
+#ifdef BF16
+#define STEP 2  // inputs that one instruction takes
+static inline __m512 multiply_add(__m512 sum, const T *w, const T *x) {
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(w),
+                            (__m512bh)_mm512_set1_epi32(pair));
+}
+#else
+#define STEP 1
+static inline __m512 multiply_add(__m512 sum, const T *w, const T *x) {
+    return _mm512_fmadd_ps(_mm512_loadu_ps(w), _mm512_set1_ps(*x), sum);
+}
+#endif
+
+static inline __attribute__((always_inline)) void tile(
+        const int rows, T *out, const T *x, const T *w, const float *start, int64_t k, int64_t n) {
+    __m512 low[12], high[12];  // rows is a constant wherever this is put in: they are registers
+    for (int r = 0; r < rows; r++)
+        low[r] = _mm512_loadu_ps(start), high[r] = _mm512_loadu_ps(start + 16);
+    for (int64_t i = 0; i < k; i += STEP) {
+        const T *piece = w + i * 32;
+        _mm_prefetch((const char *)piece + 4096, _MM_HINT_T0);
+        _mm_prefetch((const char *)piece + 4160, _MM_HINT_T0);
+        for (int r = 0; r < rows; r++) {
+            low[r] = multiply_add(low[r], piece, x + r * k + i);
+            high[r] = multiply_add(high[r], piece + 16 * STEP, x + r * k + i);
+        }
+    }
+    for (int r = 0; r < rows; r++) {
+        float sums[32];
+        _mm512_storeu_ps(sums, low[r]), _mm512_storeu_ps(sums + 16, high[r]);
+        #pragma omp simd
+        for (int j = 0; j < 32; j++) out[r * n + j] = narrow(sums[j]);
+    }
+}
+
+int64_t linear_step(void) { return STEP; }
+
+void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t k, int64_t n,
+            int64_t threads) {
+    #pragma omp parallel for num_threads(threads) if (rows * k * n > 65536)
+    for (int64_t j = 0; j < n; j += 32) {
+        float start[32] = {0};
+        if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
+        for (int64_t r = 0; r < rows; r += 12) {
+            #define CASE(R) case R: \
+                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n); break;
+            switch (rows - r < 12 ? rows - r : 12) {
+                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            }
+        }
+    }
+}
+#endif
+"""
+
+
+class TiledLinear(nn.Module):
+    """An nn.Linear for inference whose weight lies in tiles [out/32, in/step, 32, step]."""
+
+    def __init__(self, linear: nn.Linear, kernels: ctypes.CDLL):
+        super().__init__()
+        self.out_features, width = linear.weight.shape
+        step = kernels.linear_step()
+        tiles = linear.weight.detach().view(-1, 32, width // step, step)
+        self.tiles, self.bias = tiles.transpose(1, 2).contiguous(), linear.bias
+        self.kernel = kernels.linear
+
+    @staticmethod
+    def fits(linear: nn.Linear, kernels: ctypes.CDLL | None) -> bool:
+        """Whether there is a kernel for this layer."""
+        has_kernel = kernels is not None and hasattr(kernels, "linear")
+        return has_kernel and not (linear.out_features % 32 or linear.in_features % 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in] -> [T, out]."""
+        x, (tokens, width) = x.contiguous(), x.shape
+        out = torch.empty((tokens, self.out_features), dtype=x.dtype)
+        bias = None if self.bias is None else self.bias.data_ptr()
+        self.kernel(out.data_ptr(), x.data_ptr(), self.tiles.data_ptr(), bias, tokens, width,
+                    self.out_features, torch.get_num_threads())
+        return out
+
+
 STORE_C = r"""
 void store_kvcache(T *k_cache, T *v_cache, const T *k, const T *v, const int32_t *slots,
                    int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride) {
@@ -304,16 +393,17 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     #pragma omp parallel for num_threads(threads) schedule(dynamic) if (work > 65536)
     for (int64_t i = 0; i < rows * parts; i++) {
         int64_t row = i / parts, part = i % parts;
-        int64_t q_at = (row * heads + part * heads / parts) * D, kv_at = part * kv_heads / parts * D;
+        int64_t q_at = (row * heads + part * heads / parts) * D;
+        int64_t kv_at = part * kv_heads / parts * D;
         attend(out + q_at, q + q_at, k_cache + kv_at, v_cache + kv_at, tables + row * width,
                lengths[row], heads / parts, heads / kv_heads, kv_heads * D, block_size, scale);
     }
 }
 """
-C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + STORE_C + DECODE_C
+C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C
 # function:arguments, each a pointer, an integer or a float
 C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiii "
-                "paged_decode:ppppppiiiiifi")
+                "paged_decode:ppppppiiiiifi linear:ppppiiii linear_step:")
 
 
 @cache
@@ -324,8 +414,10 @@ def load_kernels(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
         library = compile_c(C_HEADER + C_SOURCE, [*C_DTYPES[dtype], f"-DD={head_dim}"])
     for entry in C_SIGNATURES.split() if library else ():
         name, types = entry.split(":")
-        getattr(library, name).argtypes = [C_TYPES[letter] for letter in types]
-        getattr(library, name).restype = None
+        if hasattr(library, name):  # some are for some processors only
+            function = getattr(library, name)
+            function.argtypes = [C_TYPES[letter] for letter in types]
+            function.restype = None if types else ctypes.c_int64
     return library
 
 
@@ -368,15 +460,17 @@ FUSED = {RMSNorm: FusedRMSNorm, SiluAndMul: FusedSiluAndMul, RotaryEmbedding: Fu
 
 def optimize_for_cpu(model: nn.Module) -> nn.Module:
     """The loaded model with packed weights and, where there is a compiler, with fused layers."""
-    pack_linears(model)
     dtype = next(model.parameters()).dtype
     head_dim = next(m.head_dim for m in model.modules() if isinstance(m, Attention))
     if kernels := load_kernels(dtype, head_dim):
         replaced = {}  # RotaryEmbedding is one for all layers, and stays so
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if type(child) in FUSED:
+                if type(child) is nn.Linear and TiledLinear.fits(child, kernels):
+                    setattr(module, name, TiledLinear(child, kernels))
+                elif type(child) in FUSED:
                     if child not in replaced:
                         replaced[child] = FUSED[type(child)](child, kernels)
                     setattr(module, name, replaced[child])
+    pack_linears(model)  # those that remain
     return model

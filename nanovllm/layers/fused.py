@@ -44,11 +44,12 @@ class FusedAttention(nn.Module):
 
 
 class FusedDecoder(nn.Module):
-    """A decoder that carries the residual beside x, so that each sum is one kernel with its norm."""
+    """A decoder that carries the residual beside x: each sum is one kernel with its norm."""
 
     def __init__(self, decoder: nn.Module):
         super().__init__()
-        self.embed_tokens, self.layers, self.norm = decoder.embed_tokens, decoder.layers, decoder.norm
+        self.embed_tokens, self.norm = decoder.embed_tokens, decoder.norm
+        self.layers = decoder.layers
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x, residual = None, self.embed_tokens(input_ids)             # [T, hidden]

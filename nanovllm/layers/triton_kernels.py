@@ -93,7 +93,7 @@ def paged_decode_kernel(
         v = tl.load(v_ptr + at[:, None] + d, mask=loads, other=0.0)
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         total, best = total * shrink + tl.sum(weights, 1), new_best
-    some = total > 0                                        # a part, or a padded row, may hold no key
+    some = total > 0                                        # a part or a padded row may hold no key
     acc = acc / tl.where(some, total, 1.0)[:, None]
     at = (row * tl.num_programs(1) * GROUP + q_head) * PARTS + part
     if PARTS > 1:
@@ -159,7 +159,7 @@ def paged_prefill_kernel(
         q_head_stride, block_stride, slot_stride, head_stride, table_stride, BS: tl.constexpr,
         D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, QUERIES: tl.constexpr,
         KEYS: tl.constexpr):
-    """One program: a tile of QUERIES new tokens of one row, one query head, all keys before them."""
+    """One program: a tile of QUERIES new tokens of a row, one query head, all keys before them."""
     tile, head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     q_start, q_end = tl.load(starts_ptr + row), tl.load(starts_ptr + row + 1)
     new = q_end - q_start

@@ -105,7 +105,9 @@ class Qwen3Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         rotary_emb = make_rotary_emb(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # not nn.Embedding's own normal_: on the meta device it makes PyTorch import sympy, 75 MB
+        table = torch.empty(config.vocab_size, config.hidden_size).uniform_(-1, 1)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(self.layer_class(config, rotary_emb, index)
                                     for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

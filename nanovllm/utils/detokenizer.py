@@ -13,20 +13,23 @@ class Detokenizer:
             raise ValueError("stop needs text, and the model has no tokenizer: leave it out")
         self.tokenizer, self.stop = tokenizer, stop
         self.token_ids: list[int] = []
-        self.text = ""                 # whole characters; ends before a stop string
+        self.text = ""                 # whole characters, decoded so far; ends before a stop string
         self.stopped = False           # a stop string was found
         self._start = self._read = 0   # tokens before _read are in the text
         self._emitted = 0              # characters that can no longer be taken back
 
     @property
     def emitted(self) -> str:
-        """The text that is certain: no later token changes it."""
+        """The text that is certain: no later token changes it. It is decoded when it is asked for."""
+        if self._read < len(self.token_ids):
+            self._decode(final=False)
         return self.text[:self._emitted]
 
     def append(self, token_id: int) -> None:
         """Add a token; its characters join the text once they are whole."""
         self.token_ids.append(token_id)
-        self._decode(final=False)
+        if self.stop:                  # these must be seen at once
+            self._decode(final=False)
 
     def finish(self) -> None:
         """No more tokens: nothing is held back any longer."""
