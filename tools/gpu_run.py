@@ -3,7 +3,8 @@
 
     python tools/gpu_run.py OUT                 one GPU: kernels, graphs, memory, soak, benchmarks
     python tools/gpu_run.py OUT --gpus 2        two GPUs: tensor parallelism over NCCL
-    python tools/gpu_run.py OUT --only tokens   some of the stages
+    python tools/gpu_run.py OUT --only tokens   some of the stages; two such runs on two GPUs
+                                                (CUDA_VISIBLE_DEVICES) do not disturb each other
     python tools/gpu_run.py OUT --dry-run       only say what would run
 
 Each stage is a process of its own with a time limit, so that one that fails or hangs costs no
@@ -221,7 +222,7 @@ def bench(out: Path, name: str, *options: str) -> dict:
     """bench.py with these options; its JSON."""
     file = out / f"bench_{name}.json"
     subprocess.run([sys.executable, ROOT / "bench.py", "--device", "cuda", "--dtype", "bfloat16",
-                    "--quiet", "--json", file, *options], cwd=ROOT, check=True)
+                    "--json", file, *options], cwd=ROOT, check=True)
     return json.loads(file.read_text())
 
 
@@ -246,7 +247,7 @@ def soak(out: Path) -> dict:
 def notebooks(out: Path) -> dict:
     """The notebooks with their GPU cells; the files with the new outputs go to OUT."""
     report = {}
-    for day in (3, 6):
+    for day in (6, 3):
         done = subprocess.run(
             [sys.executable, ROOT / "tools" / "run_notebooks.py", str(day), "--flags", "gpu",
              "--only-flagged"], cwd=ROOT, capture_output=True, text=True)
@@ -450,13 +451,14 @@ def tp_torchrun(out: Path) -> dict:
     return {"same tokens": True, "exit code": done.returncode}
 
 
-STAGES = {  # GPUs -> stage -> (function, seconds that it may take)
-    1: {"environment": (environment, 60), "tokens": (tokens, 90), "decode": (decode, 150),
-        "bench_small": (bench_small, 170), "sanitizer": (sanitizer, 60), "sizing": (sizing, 60),
-        "soak": (soak, 90), "notebooks": (notebooks, 150), "bench_large": (bench_large, 120)},
-    2: {"environment": (environment, 60), "tp_speed": (tp_speed, 165),
-        "tp_torchrun": (tp_torchrun, 60), "tp_logprobs": (tp_logprobs, 110),
-        "tp_tokens": (tp_tokens, 130)}}
+STAGES = {  # GPUs -> stage -> (function, seconds that it may take, on a machine that starts cold)
+    1: {"environment": (environment, 60), "tokens": (tokens, 90), "decode": (decode, 120),
+        "sanitizer": (sanitizer, 60), "sizing": (sizing, 90), "soak": (soak, 100),
+        "notebooks": (notebooks, 300), "bench_small": (bench_small, 280),
+        "bench_large": (bench_large, 200)},
+    2: {"environment": (environment, 60), "tp_tokens": (tp_tokens, 130),
+        "tp_speed": (tp_speed, 220), "tp_torchrun": (tp_torchrun, 120),
+        "tp_logprobs": (tp_logprobs, 150)}}
 
 
 def run_stage(out: Path, name: str, seconds: float) -> dict:
@@ -518,8 +520,8 @@ def main() -> int:
             results[name] = run_stage(args.out, name, min(everything[name][1], left))
         (args.out / "results.json").write_text(json.dumps(results, indent=1))
         print(f"{name:12} {results[name]['status']} {results[name].get('seconds', '')}", flush=True)
-        print((args.out / f"{name}.log").read_text()[-700:] if results[name]["status"] else "",
-              flush=True)
+        if results[name]["status"] and (log := args.out / f"{name}.log").exists():
+            print(log.read_text()[-700:], flush=True)
     failed = [name for name, result in results.items() if result["status"]]
     print(f"{len(results) - len(failed)} passed, {len(failed)} failed")
     return 1 if failed else 0
