@@ -80,8 +80,15 @@ def hf_generate(model, prompt, max_new_tokens):
 
 
 def define_kernels():
-    """Whether Triton is here. Where it is not, kernels can be defined all the same, and not run."""
+    """Whether kernels can run here. Where Triton is missing they can be defined all the same.
+
+    Without a GPU they need Triton's interpreter, which must have been chosen before its first import.
+    """
     if importlib.util.find_spec("triton") is not None:
+        from triton.language import zeros
+        if not torch.cuda.is_available() and type(zeros).__name__ == "JITFunction":
+            print("Triton was imported before TRITON_INTERPRET=1 was set: kernels are not run here.")
+            return False
         return True
     for name in ("triton", "triton.language"):
         sys.modules[name] = MagicMock(jit=lambda kernel: kernel, __spec__=None)

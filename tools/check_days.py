@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,8 @@ sys.exit(0 if passed else 1)
 def environment(folder: Path | None = None) -> dict[str, str]:
     """The environment for a notebook under test: one thread, since two notebooks run at a time."""
     env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    if shutil.which("nvidia-smi") is None:   # before any notebook of the process imports Triton
+        env["TRITON_INTERPRET"] = "1"
     if folder is not None:           # also for the processes that a notebook starts
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH")]))
     return env

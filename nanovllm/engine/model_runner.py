@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import sys
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -597,7 +598,8 @@ class TensorParallelRunner(ParallelModelRunner):
         if rank > 0:
             self.serve()
             group.close()
-            raise SystemExit
+            sys.stdout.flush()
+            os._exit(0)  # as a worker does: see run_worker
 
     @contextmanager
     def _blame_workers(self):
@@ -638,7 +640,8 @@ class TensorParallelRunner(ParallelModelRunner):
     def close(self) -> None:
         """End the workers: with an empty step, which is the last, where they still listen."""
         try:
-            self.group.broadcast(torch.empty(0, dtype=torch.int32))
+            if self.group.control is not None:
+                self.group.broadcast(torch.empty(0, dtype=torch.int32))
         except RuntimeError:
             pass  # a worker is gone already
         self.workers.stop()

@@ -233,7 +233,7 @@ def add_rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, out_ptr, eps, N: tl.con
 
 def add_rms_norm(x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor,
                  eps: float) -> torch.Tensor:
-    """residual += x, in place; returns RMSNorm(residual). One pass instead of four.
+    """residual += x, in place; returns RMSNorm(residual). One launch for all.
 
     x (None: nothing to add) and residual [T, N], contiguous; weight [N].
     """

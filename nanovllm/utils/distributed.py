@@ -91,6 +91,8 @@ class TensorParallelGroup:
         """Give NCCL's memory back; what still waits for another rank on the GPU ends here."""
         if self.data is not self.control:
             self.data.abort()          # shutdown() would wait for ranks that may be gone
+        # their threads end now, and not beside an interpreter that is being taken down
+        self.control = self.data = None
 
 
 def torchrun_launched(world_size: int) -> bool:
