@@ -95,6 +95,18 @@ MUTANTS = [
      "k + t * k_stride"),
     ("logits of the first tokens", "engine/model_runner.py", "self.hidden[samples]",
      "self.hidden[:len(samples)]"),
+    ("triton: place within a block", "layers/triton_kernels.py",
+     "position % BS * slot_stride + kv_head * head_stride", "kv_head * head_stride"),
+    ("triton: parts merged as equals", "layers/triton_kernels.py",
+     'tl.exp2(lse - tl.where(largest == -float("inf"), 0.0, largest))', "tl.exp2((lse - lse) * 0)"),
+    ("triton: a token from the future", "layers/triton_kernels.py",
+     "position[None, :] <= q_position[:, None]", "position[None, :] < q_position[:, None] + 2"),
+    ("triton: q's norm for k too", "layers/triton_kernels.py", "(head >= NUM_Q)[:, None] * 2",
+     "(head < 0)[:, None] * 2"),
+    ("triton: sum not kept", "layers/triton_kernels.py",
+     "        tl.store(residual_ptr + at, total, mask=here)\n", ""),
+    ("padded rows write to slot 0", "engine/model_runner.py", "self.here[2].fill_(-1)",
+     "self.here[2].fill_(0)"),
     ("failed step not rolled back", "engine/llm_engine.py", "self.scheduler.rollback()", "pass"),
     ("failed generate leaves requests", "engine/llm_engine.py",
      "            for request_id in ids:\n                self.abort(request_id)",
@@ -126,7 +138,7 @@ def survives(module: str, before: str, after: str) -> bool:
             raise SystemExit(f"{module} holds {text.count(before)} times: {before!r}")
         file.write_text(text.replace(before, after), encoding="utf-8")
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in
-                 ("parity", "bad_input", "families", "logprobs")]
+                 ("parity", "bad_input", "families", "logprobs", "gpu_paths")]
         # not `python -m pytest`: that would put the working folder in front of the mutant
         command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
                    "-x", "-q", "-p", "no:cacheprovider", *tests]
