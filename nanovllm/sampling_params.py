@@ -25,19 +25,21 @@ class SamplingParams:
         stop = tuple(stop) if isinstance(stop, (list, tuple, set, frozenset)) else (stop,)
         object.__setattr__(self, "stop", stop)  # frozen: this is how it may set its own fields
         is_number = isinstance(self.temperature, (int, float))
-        if not is_number or not 0 <= self.temperature < float("inf"):
-            raise ValueError("temperature must be 0 (greedy) or a positive number, "
+        if not is_number or not 0 <= self.temperature < 1e30:  # what fp32 can divide by
+            raise ValueError("temperature must be 0 (greedy) or a positive number below 1e30, "
                              f"got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k must be a whole number, 0 for no limit, got {self.top_k!r}")
+        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
+            raise ValueError("top_k must be a whole number below 2**31, 0 for no limit, "
+                             f"got {self.top_k!r}")
         if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], 1 for no limit, got {self.top_p!r}")
         if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens!r}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
-        if self.seed is not None and not isinstance(self.seed, int):
-            raise ValueError(f"seed must be a whole number or None, got {self.seed!r}")
+        is_seed = isinstance(self.seed, int) and -2**63 <= self.seed < 2**64
+        if self.seed is not None and not is_seed:
+            raise ValueError("seed must be a whole number of 64 bits, or None")
         for name in ("logprobs", "prompt_logprobs"):
             k = getattr(self, name)
             if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):

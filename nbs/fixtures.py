@@ -82,12 +82,12 @@ def hf_generate(model, prompt, max_new_tokens):
 def define_kernels():
     """Whether kernels can run here. Where Triton is missing they can be defined all the same.
 
-    Without a GPU they need Triton's interpreter, which must have been chosen before its first import.
+    Without a GPU they need Triton's interpreter, chosen before the first import of Triton.
     """
     if importlib.util.find_spec("triton") is not None:
         from triton.language import zeros
         if not torch.cuda.is_available() and type(zeros).__name__ == "JITFunction":
-            print("Triton was imported before TRITON_INTERPRET=1 was set: kernels are not run here.")
+            print("Triton was imported before TRITON_INTERPRET=1 was set: no kernel is run here.")
             return False
         return True
     for name in ("triton", "triton.language"):

@@ -21,6 +21,7 @@ from ..config import Config
 from ..layers.sampler import Sampler, top_logprobs
 from ..sampling_params import SamplingParams
 from ..utils.detokenizer import Detokenizer
+from ..utils.interrupts import interrupt_afterwards
 from .block_manager import BlockManager
 from .model_runner import get_runner_class
 from .scheduler import ScheduledRow, Scheduler
@@ -203,7 +204,8 @@ class LLMEngine:
         """Schedule, run, sample, book. After an error all requests stand where they stood."""
         start = perf_counter()
         try:
-            batch = self.scheduler.schedule()
+            with interrupt_afterwards():
+                batch = self.scheduler.schedule()
             used_blocks = self.block_manager.num_used_blocks
             logits = self.runner.run(batch)
             tokens = self._sample(batch, logits)
@@ -212,11 +214,12 @@ class LLMEngine:
         except BaseException:          # Ctrl-C too
             self.scheduler.rollback()
             raise
-        self.scheduler.postprocess(batch, tokens)
-        for row in batch:
-            if row.samples:
-                self._report(self.requests[row.seq.seq_id])
-        self._count(batch, used_blocks, perf_counter() - start)
+        with interrupt_afterwards():   # half booked is worse than not
+            self.scheduler.postprocess(batch, tokens)
+            for row in batch:
+                if row.samples:
+                    self._report(self.requests[row.seq.seq_id])
+            self._count(batch, used_blocks, perf_counter() - start)
 
     def _sample(self, batch: list[ScheduledRow], logits) -> list[int]:
         """A token for each row that is due one."""
@@ -449,6 +452,8 @@ class LLMEngine:
             self._is_closed = True
             self.requests.clear()
             self._unclaimed.clear()
+            self.scheduler.waiting.clear()
+            self.scheduler.running.clear()
             self.runner.close()
             del self.runner
 

@@ -12,7 +12,6 @@ __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
 import dataclasses
 import importlib.util
 import os
-import signal
 import sys
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
@@ -32,6 +31,7 @@ from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
 from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
+from ..utils.interrupts import interrupt_afterwards
 from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
 from .scheduler import ScheduledRow
 
@@ -542,23 +542,6 @@ def rank_device(name: str, rank: int) -> str:
     return f"cuda:{rank}" if resolve_device(name).type == "cuda" else "cpu"
 
 
-@contextmanager
-def _interrupt_afterwards():
-    """Ctrl-C waits for the end of the block: ranks that stop within a step never meet again."""
-    seen = []
-    try:
-        before = signal.signal(signal.SIGINT, lambda *args: seen.append(args))
-    except ValueError:  # not the main thread, which alone gets it
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if seen and callable(before):
-        before(*seen[0])
-
-
 class TensorParallelRunner(ParallelModelRunner):
     """Rank 0: starts the others, tells them every step, and has the logits."""
 
@@ -614,7 +597,7 @@ class TensorParallelRunner(ParallelModelRunner):
                 samples: list[int]) -> torch.Tensor:
         """The step on all ranks; the logits [S, vocab]. RuntimeError if a worker has ended."""
         self.workers.check()
-        with _interrupt_afterwards(), self._blame_workers():
+        with interrupt_afterwards(), self._blame_workers():
             self.group.broadcast(pack_step(input_ids, positions, context, samples))
             logits = super().execute(input_ids, positions, context, samples)
             self._wait_for_gpu()

@@ -71,8 +71,8 @@ class Scheduler:
                 return
             self.running[self.waiting.popleft()] = ScheduledRow(seq, 1, samples=True)
             seq.status = SequenceStatus.RUNNING
-            if not seq.num_preemptions:
-                seq.num_cached_tokens = seq.num_computed_tokens
+            if not seq.was_admitted:
+                seq.num_cached_tokens, seq.was_admitted = seq.num_computed_tokens, True
             self._add_row(seq)
 
     def _schedule_chunks(self) -> None:

@@ -38,6 +38,7 @@ class Sequence:
         self.sampling_params = sampling_params or SamplingParams()
         self.finish_reason: str | None = None     # "stop", "length" or "abort"
         self.num_preemptions = 0
+        self.was_admitted = False                 # what it finds cached from now on may be its own
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -111,7 +111,12 @@ C_DTYPES = {torch.float32: [], torch.bfloat16: ["-DBF16"]}  # dtype -> compiler 
 
 def compile_c(source: str, flags: list[str]) -> ctypes.CDLL | None:
     """C functions as a library in this process; None where there is no compiler for them."""
-    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc")]
+    try:
+        compiler = shlex.split(os.environ.get("CC", ""))
+    except ValueError as error:
+        logger.info("no kernels in C: CC is %s", error)
+        return None
+    compiler = compiler or [shutil.which("cc") or shutil.which("gcc")]
     if compiler[0] is None:
         return None
     with tempfile.TemporaryDirectory() as folder:  # a loaded library needs its file no more

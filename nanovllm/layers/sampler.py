@@ -38,7 +38,8 @@ def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor,
     probs = ordered.softmax(-1)
     mass_before = probs.cumsum(-1) - probs          # 0 for the first: one token always stays
     p = torch.where(top_p < 1, top_p, torch.inf)    # the sum may round to 1 before the last token
-    ordered = ordered.masked_fill(mass_before >= p[:, None], -torch.inf)
+    too_much = (mass_before >= p[:, None]) & (rank > 0)     # a tiny p is 0 in fp32, and one stays
+    ordered = ordered.masked_fill(too_much, -torch.inf)
     return torch.empty_like(ordered).scatter_(-1, token_ids, ordered)
 
 

@@ -45,7 +45,9 @@ class Detokenizer:
         both = decode(self.token_ids[self._start:], skip_special_tokens=True)
         if both.endswith("\ufffd") and not final:
             return                     # half a character: wait for the rest
-        self._start, self._read = self._read, len(self.token_ids)
+        if len(both) > len(known):     # what decodes to nothing says nothing about spaces
+            self._start = self._read
+        self._read = len(self.token_ids)
         self.text += both[len(known):]
         self._look_for_stop()
 
