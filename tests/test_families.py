@@ -96,12 +96,19 @@ def test_family(family, case, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_in_bfloat16(family, tmp_path):
-    """Two right implementations differ; transformers' own two say by how much, give or take."""
+@pytest.mark.parametrize("optimized", [False, True])
+def test_family_in_bfloat16(family, optimized, tmp_path, monkeypatch):
+    """Two right implementations differ; transformers' own two say by how much.
+
+    Layers as taught stay within that. A CPU's kernels round elsewhere: half as much again.
+    """
+    if not optimized:
+        monkeypatch.delitem(MODEL_OPTIMIZERS, "cpu")
     from transformers import AutoModelForCausalLM
     folder, _ = make_checkpoint(family, folder=tmp_path, seed=3)
     prompts = random_prompts([40, 90, 150])
-    with LLM(folder, dtype="bfloat16", num_kvcache_blocks=64) as llm:
+    with LLM(folder, dtype="bfloat16", num_kvcache_blocks=64,
+             attention_backend="auto" if optimized else "sdpa") as llm:
         outs = llm.generate(prompts, WISH, use_tqdm=False)
     sdpa, eager = (AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation=attention).eval()
@@ -116,7 +123,8 @@ def test_family_in_bfloat16(family, tmp_path):
         ours.append((mine - right[chosen]).abs())
         theirs.append((other[chosen] - right[chosen]).abs())
     ours, theirs = torch.cat(ours), torch.cat(theirs)
-    assert ours.mean() <= 1.5 * theirs.mean() and ours.max() <= 1.5 * theirs.max()
+    allowed = 1.5 if optimized else 1.0
+    assert ours.mean() <= allowed * theirs.mean() and ours.max() <= allowed * theirs.max()
 
 
 def fed_one_by_one(model, tokens):
