@@ -743,8 +743,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("scale", "rate", "runs", "hf_batch", "rows", "limit", "soak", "threads", "layers"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
-    if args.requests is not None and args.requests < 2:
-        parser.error("--requests must be at least 2")
+    fewest = 1 if args.workload == ["decode"] else 2  # the others are about requests side by side
+    if args.requests is not None and args.requests < fewest:
+        parser.error(f"--requests must be at least {fewest}")
     if args.model and args.shape:
         parser.error("give --model or --shape, not both")
     if args.model and not (Path(args.model) / "config.json").is_file():
