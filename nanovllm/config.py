@@ -35,6 +35,8 @@ def resolve_model(model: str | os.PathLike | None, revision: str | None = None) 
 
     ValueError if there is no such folder and no such repository, or for a folder's revision.
     """
+    if not isinstance(model, (str, os.PathLike, type(None))):
+        raise TypeError(f"model must be a folder or a Hub id, got {type(model).__name__}")
     folder = DEMO_MODEL if model is None else Path(model).expanduser()
     if folder.is_dir():
         if revision is not None:

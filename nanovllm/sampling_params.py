@@ -33,7 +33,8 @@ class SamplingParams:
                              f"got {self.top_k!r}")
         if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], 1 for no limit, got {self.top_p!r}")
-        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
+        is_whole = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
+        if not is_whole or self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens!r}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")

@@ -86,3 +86,21 @@ def test_nothing_is_left_to_do_after_close():
     llm.add_request(PROMPT)
     llm.close()
     assert llm.is_finished()
+
+
+@pytest.mark.parametrize("content", ["[]", "{"])
+def test_a_damaged_generation_config(content, tmp_path):
+    folder, _ = make_checkpoint(folder=tmp_path)
+    (folder / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match="generation_config.json"):
+        LLM(folder, device="cpu", num_kvcache_blocks=8)
+
+
+def test_what_is_no_model_no_text_and_no_number():
+    with pytest.raises(TypeError, match="model must be"):
+        LLM(5)
+    with pytest.raises(ValueError, match="max_tokens"):
+        SamplingParams(max_tokens=True)
+    with LLM(device="cpu", num_kvcache_blocks=8) as llm:
+        with pytest.raises(ValueError, match="prompt"):
+            llm.add_request("\ud800")
