@@ -38,11 +38,11 @@ def load_tokenizer(folder: str | Path):
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def read_generation_config(folder: str | Path) -> dict:
-    """What generation_config.json says, {} without one; ValueError if it is no JSON object."""
+def read_generation_config(folder: str | Path) -> dict | None:
+    """What generation_config.json says, None without one; ValueError if it is no JSON object."""
     file = Path(folder) / "generation_config.json"
     if not file.is_file():
-        return {}
+        return None
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -56,7 +56,7 @@ def find_eos_token_ids(config: Config, tokenizer) -> frozenset[int]:
     """Every token that ends a text: config.json, generation_config.json and tokenizer together."""
     found = [getattr(config.hf_config, "eos_token_id", None),
              getattr(tokenizer, "eos_token_id", None),
-             read_generation_config(config.model).get("eos_token_id")]
+             (read_generation_config(config.model) or {}).get("eos_token_id")]
     lists = [ids if isinstance(ids, list) else [ids] for ids in found]
     return frozenset(i for ids in lists for i in ids if i is not None)
 
@@ -421,7 +421,7 @@ class LLMEngine:
     def default_sampling_params(self, **changes) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends; `changes` go before it."""
         given = read_generation_config(self.config.model)
-        if not given:
+        if given is None:
             return SamplingParams(**changes)
         names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
                  "max_new_tokens": "max_tokens"}
