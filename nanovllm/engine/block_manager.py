@@ -81,9 +81,12 @@ class BlockManager:
             if block.hash is None:  # nothing to remember: use it again first
                 self.free_blocks.move_to_end(block.block_id, last=False)
 
-    def append_slot(self, seq: Sequence) -> bool:
-        """See to it that the last token has a slot; False if it takes a block and none is free."""
-        if len(seq) > len(seq.block_table) * self.block_size:
+    def append_slot(self, seq: Sequence, ahead: int = 0) -> bool:
+        """See to it that the last token has a slot; False if it takes a block and none is free.
+
+        ahead: tokens that will have come by then, one at the most (day 6 plans a step ahead).
+        """
+        if len(seq) + ahead > len(seq.block_table) * self.block_size:
             if not self.free_blocks:
                 return False
             seq.block_table.append(self._take().block_id)

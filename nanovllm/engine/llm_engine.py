@@ -243,8 +243,9 @@ class LLMEngine:
         seqs = [row.seq for row in batch if row.samples]
         if not seqs:
             return []
-        return self.sampler(logits, [seq.sampling_params for seq in seqs],
-                            [seq.num_completion_tokens for seq in seqs]).tolist()
+        tokens = self.sampler(logits, [seq.sampling_params for seq in seqs],
+                              [seq.num_completion_tokens for seq in seqs])
+        return self.runner.collect(tokens, batch, self.scheduler)
 
     def _count(self, batch: list[ScheduledRow], used_blocks: int, seconds: float) -> None:
         """Book a step in the statistics."""

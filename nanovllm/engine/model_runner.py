@@ -33,6 +33,7 @@ from ..utils.context import Context, packed_context, use_context
 from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
 from ..utils.interrupts import interrupt_afterwards
 from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
+from .lookahead import Ahead, foresee
 from .scheduler import ScheduledRow
 
 CPU_CACHE_BYTES = 2**30  # num_kvcache_blocks=-1 on a CPU takes this much at most, not all memory
@@ -276,6 +277,10 @@ class ModelRunner:
         samples = [end - 1 for row, end in zip(batch, ends) if row.samples]  # others are not due
         return self.execute(*self.prepare_input(batch), samples)
 
+    def collect(self, tokens: torch.Tensor, batch: list[ScheduledRow], scheduler) -> list[int]:
+        """The tokens [S] that were sampled for this batch: here the host waits for the device."""
+        return tokens.tolist()
+
     def more_logits(self, tokens: list[int]) -> torch.Tensor:
         """Logits [N, vocab] of these tokens of the packed batch that ran last."""
         none = torch.empty(0, dtype=torch.int32)
@@ -319,11 +324,13 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class StaticInputs:
     """The input of a decode step of `rows` rows at fixed addresses, which one copy fills.
 
-    host, device: flat int32 memory, which the inputs of other sizes share; width: of block_tables.
+    host, device: flat int32 memory, which the inputs of other sizes share; width: of block_tables;
+    copied: an event behind the last copy from host to device, None where there is no GPU.
     """
 
     def __init__(self, host: torch.Tensor, device: torch.Tensor, rows: int, width: int,
-                 max_context_len: int):
+                 max_context_len: int, copied=None):
+        self.copied = copied
         self.host, self.device = (memory[:rows * (4 + width)] for memory in (host, device))
         self.here, there = (memory.split([rows, rows, rows, rows, rows * width])
                             for memory in (self.host, self.device))
@@ -337,6 +344,8 @@ class StaticInputs:
     def load(self, *step) -> None:
         """Fill the first rows with a step (input_ids, positions, context); the rest do nothing."""
         rows = 0
+        if self.copied is not None:
+            self.copied.synchronize()        # the last copy has been read
         self.host.zero_()                    # a padded row has no keys,
         self.here[2].fill_(-1)               # and writes nowhere
         if step:
@@ -347,6 +356,8 @@ class StaticInputs:
                 memory[:rows] = values
             self.tables[:rows, :width] = context.block_tables
         self.device.copy_(self.host, non_blocking=True)
+        if self.copied is not None:
+            self.copied.record()
 
 
 class EagerGraph:
@@ -365,9 +376,11 @@ class GraphModelRunner(ModelRunner):
     def __init__(self, config: Config):
         self.recordings = {}                 # batch size -> (graph, its inputs, its output)
         self.graph_pool = None
+        self.ahead, self.guesses = None, [0, 0]  # for further down: steps ahead, wrong and right
         self.device = resolve_device(config.device)
         with self._on_device():
             super().__init__(config)
+            self.looks_ahead = self.uses_graphs
             if self.uses_graphs:
                 self.capture_cudagraph()
 
@@ -381,19 +394,25 @@ class GraphModelRunner(ModelRunner):
         """Kernels are launched on the current device, which need not be this engine's."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor,
-                context: Context) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+                tokens: torch.Tensor | None = None) -> torch.Tensor:
         """A step of decode rows alone is replayed where it was recorded; another is launched."""
         if context.max_seqlen_q == 1 and self.recordings:
             if len(input_ids) <= self.recorded_sizes[-1]:
-                return self.replay(input_ids, positions, context)
-        return super().forward(input_ids, positions, context)
+                return self.replay(input_ids, positions, context, tokens)
+        return super().forward(input_ids if tokens is None else tokens, positions, context)
 
     @torch.inference_mode()
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
-                samples: list[int]) -> torch.Tensor:
-        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it."""
+                samples: list[int], tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """One step of a packed batch: the logits [S, vocab] of the tokens `samples` of it.
+
+        tokens [T]: the input ids, where only the device knows them and `input_ids` holds zeros.
+        """
         with self._on_device():
+            if tokens is not None:           # a guess: the step before may still be asked about
+                return self.model.compute_logits(
+                    self.forward(input_ids, positions, context, tokens))
             if input_ids.numel() and len(samples) == len(input_ids):  # all: nothing to pick out
                 self.hidden = self.forward(input_ids, positions, context)
                 return self.model.compute_logits(self.hidden)
@@ -439,20 +458,26 @@ class GraphModelRunner(ModelRunner):
         is_cuda = self.device.type == "cuda"
         host, device = (torch.zeros(sizes[0] * (4 + width), dtype=torch.int32, **where) for where
                         in (dict(pin_memory=is_cuda), dict(device=self.device)))
+        copied = torch.cuda.Event() if is_cuda else None
         for rows in tqdm(sizes, desc="Capturing CUDA Graphs", leave=False):
-            inputs = StaticInputs(host, device, rows, width, config.max_model_len)
+            inputs = StaticInputs(host, device, rows, width, config.max_model_len, copied)
             inputs.load()
             graph, hidden = self._record(inputs)
             self.recordings[rows] = graph, inputs, hidden
         self.recorded_sizes = sizes[::-1]
 
-    def replay(self, input_ids: torch.Tensor, positions: torch.Tensor,
-               context: Context) -> torch.Tensor:
-        """Run a decode step of R rows from the smallest recording that holds it: [R, hidden]."""
+    def replay(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+               tokens: torch.Tensor | None = None) -> torch.Tensor:
+        """Run a decode step of R rows from the smallest recording that holds it: [R, hidden].
+
+        tokens [R]: the input ids, where only the device knows them.
+        """
         rows = len(input_ids)
         size = self.recorded_sizes[bisect_left(self.recorded_sizes, rows)]
         graph, inputs, hidden = self.recordings[size]
         inputs.load(input_ids, positions, context)
+        if tokens is not None:
+            inputs.input_ids[:rows].copy_(tokens)
         graph.replay()
         return hidden[:rows]
 
@@ -478,16 +503,63 @@ class GraphModelRunner(ModelRunner):
         torch.cuda.empty_cache()
         return max(0, first) + max(0, second) * (len(sizes) - 1)
 
+    def collect(self, tokens: torch.Tensor, batch: list[ScheduledRow], scheduler) -> list[int]:
+        """The tokens [S] that were sampled for this batch. While they come, the next step starts."""
+        with self._on_device():
+            arriving = tokens.to("cpu", non_blocking=True)  # queued before what is launched now
+            arrived = self._mark()
+            if self.looks_ahead and (places := foresee(scheduler, batch)):
+                chosen = tokens if len(places) == len(tokens) else tokens[places]
+                self._launch_ahead([scheduler.running[batch[i].seq] for i in places], chosen)
+            self._wait_for(arrived)
+        return arriving.tolist()
+
+    def _mark(self):
+        """What _wait_for can wait for: all that was launched so far."""
+        return torch.cuda.current_stream().record_event() if self.device.type == "cuda" else None
+
+    def _wait_for(self, mark) -> None:
+        if mark is not None:
+            mark.synchronize()
+
+    def _launch_ahead(self, rows: list[ScheduledRow], tokens: torch.Tensor) -> None:
+        """Launch the step after this one for these rows, whose new `tokens` [R] the device has."""
+        tables = self.block_tables.pack([row.seq.block_table for row in rows])      # [R, W]
+        at = np.array([len(row.seq) for row in rows], dtype=np.int32)   # where the new tokens stand
+        slots = tables[np.arange(len(rows)), at // self.block_size] * self.block_size
+        slots += at % self.block_size
+        positions, slots, lens = map(torch.from_numpy, (at, slots, at + 1))
+        context = Context(
+            cu_seqlens_q=torch.arange(len(rows) + 1, dtype=torch.int32), max_seqlen_q=1,
+            context_lens=lens, max_context_len=int(lens.max()), slot_mapping=slots,
+            block_tables=torch.from_numpy(tables), num_decode_rows=len(rows))
+        unknown = torch.zeros_like(positions)
+        logits = self.execute(unknown, positions, context, list(range(len(rows))), tokens)
+        self.ahead = Ahead(rows, lens.tolist(), logits)
+
+    def run(self, batch: list[ScheduledRow]) -> torch.Tensor:
+        """One step: the logits [S, vocab] of its rows; it may have been launched already."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            logits = ahead.logits_of(batch)
+            self.guesses[logits is not None] += 1
+            if logits is not None:
+                return logits
+        return ModelRunner.run(self, batch)
+
 
 RUNNERS["single"] = GraphModelRunner
 
 
 def pack_step(input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
-              samples: list[int]) -> torch.Tensor:
-    """A step, its tensors on the CPU, as one int32 tensor: six sizes, then the contents."""
+              samples: list[int], is_ahead: bool = False) -> torch.Tensor:
+    """A step, its tensors on the CPU, as one int32 tensor: seven numbers, then the contents.
+
+    is_ahead: the input ids are not among them, rank 0's device has them.
+    """
     tables = context.block_tables
     parts = [torch.tensor([len(input_ids), *tables.shape, context.max_seqlen_q,
-                           context.max_context_len, context.num_decode_rows]),
+                           context.max_context_len, context.num_decode_rows, is_ahead]),
              input_ids, positions, context.slot_mapping, context.cu_seqlens_q,
              context.context_lens, tables.flatten(), torch.tensor(samples)]
     return torch.cat([part.int() for part in parts])
@@ -495,15 +567,16 @@ def pack_step(input_ids: torch.Tensor, positions: torch.Tensor, context: Context
 
 def unpack_step(packed: torch.Tensor) -> tuple:
     """The arguments of pack_step."""
-    tokens, rows, width, max_seqlen_q, max_context_len, num_decode_rows = packed[:6].tolist()
+    tokens, rows, width, max_seqlen_q, max_context_len, num_decode_rows, is_ahead = (
+        packed[:7].tolist())
     sizes = [tokens, tokens, tokens, rows + 1, rows, rows * width]
-    *parts, samples = packed[6:].split([*sizes, len(packed) - 6 - sum(sizes)])
+    *parts, samples = packed[7:].split([*sizes, len(packed) - 7 - sum(sizes)])
     input_ids, positions, slots, starts, lens, tables = parts
     return input_ids, positions, Context(
         cu_seqlens_q=starts, max_seqlen_q=max_seqlen_q, context_lens=lens,
         max_context_len=max_context_len, slot_mapping=slots,
         block_tables=tables.view(rows, width), num_decode_rows=num_decode_rows,
-    ), samples.tolist()
+    ), samples.tolist(), bool(is_ahead)
 
 
 class ParallelModelRunner(GraphModelRunner):
@@ -531,10 +604,20 @@ class ParallelModelRunner(GraphModelRunner):
         self.group.minimum(0)  # all are here: recording with a rank that is gone would never end
         super().capture_cudagraph(sizes)
 
+    def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
+                samples: list[int], tokens: torch.Tensor | None = None) -> torch.Tensor | None:
+        """This rank's part of a step; on rank 0 the logits [S, vocab]."""
+        if tokens is not None:
+            with self._on_device():
+                self.group.share(tokens)  # only rank 0 has sampled them
+        return super().execute(input_ids, positions, context, samples, tokens)
+
     def serve(self) -> None:
         """On the ranks above 0: run what rank 0 says, until it says nothing."""
         while len(packed := self.group.broadcast()):
-            ParallelModelRunner.execute(self, *unpack_step(packed))
+            *step, is_ahead = unpack_step(packed)
+            unknown = torch.empty(len(step[0]), dtype=torch.long, device=self.device)
+            ParallelModelRunner.execute(self, *step, unknown if is_ahead else None)
 
 
 def rank_device(name: str, rank: int) -> str:
@@ -594,22 +677,27 @@ class TensorParallelRunner(ParallelModelRunner):
             raise
 
     def execute(self, input_ids: torch.Tensor, positions: torch.Tensor, context: Context,
-                samples: list[int]) -> torch.Tensor:
+                samples: list[int], tokens: torch.Tensor | None = None) -> torch.Tensor:
         """The step on all ranks; the logits [S, vocab]. RuntimeError if a worker has ended."""
         self.workers.check()
         with interrupt_afterwards(), self._blame_workers():
-            self.group.broadcast(pack_step(input_ids, positions, context, samples))
-            logits = super().execute(input_ids, positions, context, samples)
-            self._wait_for_gpu()
-            return logits
+            self.group.broadcast(pack_step(input_ids, positions, context, samples,
+                                           tokens is not None))
+            return super().execute(input_ids, positions, context, samples, tokens)
 
-    def _wait_for_gpu(self) -> None:
-        """Until the step is over; RuntimeError as soon as a worker has ended."""
-        if self.device.type != "cuda":
-            return                     # gloo has told already
-        done = torch.cuda.current_stream(self.device).record_event()
+    def more_logits(self, tokens: list[int]) -> torch.Tensor:
+        """Logits [N, vocab] of these tokens of the packed batch that ran last."""
+        logits = super().more_logits(tokens)
+        with self._on_device():
+            self._wait_for(self._mark())
+        return logits
+
+    def _wait_for(self, mark) -> None:
+        """Until the GPU has come so far; RuntimeError as soon as a worker has ended."""
+        if mark is None:
+            return                     # no GPU: gloo has told already
         try:
-            while not done.query():
+            while not mark.query():
                 self.workers.check()
         except RuntimeError:
             self._leave_group()        # its kernels would spin for ever

@@ -69,6 +69,13 @@ class TensorParallelGroup:
         self.data.gather([parts] if parts else [], [x], options).wait()
         return parts
 
+    def share(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x on every rank, in place; on the device, without the host."""
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        self.data.broadcast([x], options).wait()
+        return x
+
     def broadcast(self, ints: torch.Tensor | None = None) -> torch.Tensor:
         """Rank 0's int32 tensor [N] on the CPU, on every rank; the others pass nothing."""
         length = torch.tensor([0 if ints is None else len(ints)])
