@@ -30,7 +30,9 @@ from ..layers.linear import check_tensor_parallel_size, parallelize
 from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, packed_context, use_context
-from ..utils.distributed import TensorParallelGroup, WorkerProcesses, open_store, torchrun_launched
+from ..utils.distributed import (
+    TensorParallelGroup, WorkerProcesses, open_peer_memory, open_store, torchrun_launched,
+)
 from ..utils.interrupts import interrupt_afterwards
 from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
 from .lookahead import Ahead, foresee
@@ -595,7 +597,20 @@ class ParallelModelRunner(GraphModelRunner):
     def _make_model(self) -> torch.nn.Module:
         model = super()._make_model()
         self.group.minimum(0)  # all have their weights: a rank that failed is found here, by gloo
+        if self.group.peers is not None and importlib.util.find_spec("triton") is not None:
+            from ..layers.peers import connect
+            connect(model, self.group.peers)
         return model
+
+    @classmethod
+    def join(cls, store, rank: int, size: int, device: torch.device) -> TensorParallelGroup:
+        """The group of ranks on this host, with memory in common where GPUs can share it."""
+        group = TensorParallelGroup(store, rank, size, device)
+        if device.type == "cuda":
+            peers = open_peer_memory(store, rank, size)
+            if group.minimum(peers is not None):  # on all ranks, or on none
+                group.peers = peers
+        return group
 
     def _affordable_blocks(self, block_bytes: int) -> int:
         return self.group.minimum(super()._affordable_blocks(block_bytes))
@@ -648,7 +663,7 @@ class TensorParallelRunner(ParallelModelRunner):
             self.workers.wait_until_ready()
             with self._blame_workers():
                 super().__init__(dataclasses.replace(config, device=rank_device(device.type, 0)),
-                                 TensorParallelGroup(self.workers.store, 0, size, device))
+                                 self.join(self.workers.store, 0, size, device))
         except BaseException:
             self.workers.stop()
             raise

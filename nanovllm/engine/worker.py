@@ -12,7 +12,7 @@ import threading
 import torch
 
 from ..config import Config
-from ..utils.distributed import TensorParallelGroup, join_store
+from ..utils.distributed import join_store
 from .model_runner import ParallelModelRunner, rank_device, resolve_device
 
 
@@ -33,6 +33,6 @@ def run_worker(port: int, rank: int) -> None:
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, torch.get_num_threads() // size))
     store.set(f"ready/{rank}", "yes")
-    group = TensorParallelGroup(store, rank, size, device)
+    group = ParallelModelRunner.join(store, rank, size, device)
     ParallelModelRunner(dataclasses.replace(config, device=str(device)), group).serve()
     os._exit(0)  # nothing is left to do; an interpreter that ends beside C++ threads may abort

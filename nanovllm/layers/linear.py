@@ -85,6 +85,7 @@ class RowParallelLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: TensorParallelGroup, device):
         super().__init__()
+        self.peers = None              # set by `connect` (section 8): then the sum is the reader's
         self.group, self.whole = group, [linear.out_features, linear.in_features]
         self.first, size = shard(linear.in_features, group.rank, group.world_size)
         self.weight = _sliced_parameter(
@@ -102,6 +103,10 @@ class RowParallelLinear(nn.Module):
         parameter.data.copy_(tensor[:, self.first : self.first + parameter.shape[1]])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = self.weight.shape[0]
+        if self.peers is not None and self.peers.fits(len(x), columns, x.dtype):
+            place = self.peers.place(len(x), columns, x.dtype)
+            return torch.mm(x, self.weight.t(), out=place)  # this rank's summand alone
         y = self.group.all_reduce(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias  # once, not once per rank
 
