@@ -68,7 +68,7 @@ def takes_one_row(layer: nn.Module) -> bool:
 class FusedDecoder(nn.Module):
     """A decoder that carries the residual beside x: each sum is one kernel with its norm.
 
-    A step of one decode row takes fewer: each sum and norm is one kernel with a matrix.
+    A step of one token takes fewer: there each sum and norm is one kernel with a matrix.
     """
 
     def __init__(self, decoder: nn.Module):
@@ -79,9 +79,8 @@ class FusedDecoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         x, residual = None, self.embed_tokens(input_ids)             # [T, hidden]
-        one_row = len(input_ids) == 1 and get_context().max_seqlen_q == 1
         for layer in self.layers:
-            if one_row and self.takes_one_row:
+            if len(input_ids) == 1 and self.takes_one_row:
                 self.add_layer_to_row(layer, positions, residual)
                 continue
             for norm, part in ((layer.input_layernorm, lambda x: layer.self_attn(positions, x)),
