@@ -24,12 +24,18 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None,
 KERNELS = """
 import random, sys
 import torch
+import torch.nn.functional as F
 from fixtures import hf_generate, make_checkpoint, random_prompts
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.model_runner import MODEL_OPTIMIZERS
-from nanovllm.layers.attention import Attention, SDPABackend
+from nanovllm.layers import fused
+from nanovllm.layers.activation import SiluAndMul
+from nanovllm.layers.attention import Attention, SDPABackend, store_kvcache
 from nanovllm.layers.fused import fuse
-from nanovllm.layers.triton_kernels import paged_decode, paged_prefill
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.rotary_embedding import RotaryEmbedding
+from nanovllm.layers.triton_kernels import (norm_rope_store_, one_row_linear, paged_decode,
+                                            paged_prefill)
 from nanovllm.utils.context import Context
 
 rng = random.Random(0)
@@ -60,10 +66,51 @@ for case in range(24):                                     # random shapes
                            parts)
         assert (got - want).abs().max() < eps, (case, "decode")
 
+def norm_of(n, dtype):
+    norm = RMSNorm(n, rng.choice([1e-6, 1e-2]))
+    norm.weight.data = (1 + .3 * torch.randn(n)).to(dtype)
+    return norm.requires_grad_(False)
+
+for case in range(16):                                     # the kernels around attention
+    dtype, eps = rng.choice([(torch.float32, 2e-5), (torch.float16, 2e-2)])
+    num_q, num_k, head_dim = rng.choice([1, 4, 9]), rng.choice([1, 3]), rng.choice([8, 24, 128])
+    rotary, tokens = RotaryEmbedding(head_dim, 99, {"rope_theta": 1e4}), rng.randrange(1, 9)
+    norms = norm_of(head_dim, dtype), norm_of(head_dim, dtype)
+    norms[1].eps = norms[0].eps
+    heads = torch.randn(tokens, num_q + 2 * num_k, head_dim).to(dtype)
+    q, k, v = heads.clone().split((num_q, num_k, num_k), dim=1)
+    if has_norm := rng.random() < .7:
+        q, k = norms[0](q), norms[1](k)
+    positions, slots = torch.randint(99, (tokens,)), torch.randperm(48)[:tokens] - 1
+    q, k = rotary(positions, q, k)
+    want = torch.randn(2, 3, 16, num_k + 2, head_dim + 1).to(dtype)
+    caches, here = want.clone(), slots >= 0
+    store_kvcache(k[here], v[here], *want[..., 2:, :-1], slots[here])
+    norm_rope_store_(heads, positions, rotary.cos_sin,
+                     torch.stack([norm.weight for norm in norms]) if has_norm else None,
+                     norms[0].eps, *caches[..., 2:, :-1], slots)
+    assert (heads[:, :num_q] - q).abs().max() < eps, (case, "q")
+    assert (caches - want).abs().max() < eps, (case, "cache")
+
+    n, k = rng.randrange(1, 12), rng.choice([5, 512, 1000, 1025, 2600])
+    norm = norm_of(k, dtype)
+    x, residual = torch.randn(1, k).to(dtype), torch.randn(1, n).to(dtype)
+    weight = (torch.randn(2 * n, k) / k**.5).to(dtype)
+    normed, around = rng.choice([(x, (None, 0.)), (norm(x), (norm.weight, norm.eps))])
+    want = SiluAndMul()(F.linear(normed, weight))
+    got = one_row_linear(x, weight, *around, gated=True)
+    assert (got - want).abs().max() < eps, (case, "gated")
+    want = residual + F.linear(normed, weight[:n])
+    one_row_linear(x, weight[:n], *around, residual=residual)
+    assert (residual - want).abs().max() < eps, (case, "residual")
+
+rows = []                                   # of each call of the kernel for one row
+fused.one_row_linear = lambda x, *rest, **kw: rows.append(len(x)) or one_row_linear(x, *rest, **kw)
 MODEL_OPTIMIZERS.clear()                    # in place of the CPU's fused layers come the GPU's
 # the whole engine against transformers: fused layers, our attention, recordings, preemption
 greedy = SamplingParams(temperature=0, max_tokens=10)
-for family, shape in (("qwen3", dict(head_dim=24)), ("llama", dict(num_key_value_heads=1))):
+for family, shape in (("qwen3", dict(head_dim=24)), ("llama", dict(num_key_value_heads=1)),
+                      ("qwen2", {})):
     folder, model = make_checkpoint(family, **shape)
     common, *ends = random_prompts([17, 14, 13, 15, 12])
     prompts = [common + end for end in ends]
@@ -74,6 +121,11 @@ for family, shape in (("qwen3", dict(head_dim=24)), ("llama", dict(num_key_value
         llm.runner.capture_cudagraph([1, 2, 4])
         outs = llm.generate(prompts, greedy, use_tqdm=False)
         stats = llm.stats
+        rows.clear()
+        short = SamplingParams(temperature=0, max_tokens=4)
+        alone = llm.generate(prompts[:1], short, use_tqdm=False)[0]["token_ids"]
+    assert alone == outs[0]["token_ids"][:4], family
+    assert len(rows) == (3 * 4 * 3 if family != "qwen2" else 0), (family, len(rows))
     assert stats.preemptions and stats.cached_tokens, stats
     assert [o["token_ids"] for o in outs] == [hf_generate(model, p, 10) for p in prompts], family
 print("all equal")

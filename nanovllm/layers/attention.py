@@ -193,6 +193,10 @@ class KernelBackend(AttentionBackend):
         """Store the new k and v [T, Hkv, D], then attend: q [T, H, D] -> [T, H, D]."""
         from .triton_kernels import store_kvcache_triton
         store_kvcache_triton(k, v, layer.k_cache, layer.v_cache, context.slot_mapping)
+        return self.attend(layer, q, context)
+
+    def attend(self, layer: Attention, q: torch.Tensor, context: Context) -> torch.Tensor:
+        """Attention over the cache alone, which holds the new keys already: [T, H, D]."""
         n = context.num_decode_rows
         if n == len(context.context_lens):
             return self.decode(layer, q, context)
