@@ -423,7 +423,9 @@ def kill_worker(llm) -> dict:
 
 
 TORCHRUN = """
+import faulthandler
 import sys
+faulthandler.dump_traceback_later(80, exit=True)  # a rank that hangs says where
 sys.path[:0] = [{root!r}, {nbs!r}]
 from nanovllm import LLM, SamplingParams
 greedy = SamplingParams(temperature=0, max_tokens=16)

@@ -678,7 +678,7 @@ class TensorParallelRunner(ParallelModelRunner):
         super().__init__(config, group)
         if rank > 0:
             self.serve()
-            group.close()
+            self._leave_group()
             sys.stdout.flush()
             os._exit(0)  # as a worker does: see run_worker
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -118,6 +119,10 @@ class PeerMemory:
         self.addresses = torch.tensor(addresses, device=memory.device)                  # [ranks]
         self.meetings = torch.zeros(self.ROWS, dtype=torch.long, device=memory.device)  # so far
         self.area = 0
+        # for let_go, made now: to pin memory is to wait for the GPU
+        self.raised = torch.full((self.ROWS, self.world_size), 2**62)
+        if memory.is_cuda:
+            self.raised, self.aside = self.raised.pin_memory(), torch.cuda.Stream(memory.device)
 
     @classmethod
     def size(cls, world_size: int) -> int:
@@ -136,12 +141,9 @@ class PeerMemory:
 
     def let_go(self) -> None:
         """Nobody here waits for another rank any longer, now or later: the group is broken."""
-        flags = self.memory[2 * self.AREA:].view(torch.long)
-        if not self.memory.is_cuda:
-            flags.fill_(2**62)
-            return
-        with torch.cuda.stream(torch.cuda.Stream(self.memory.device)):  # past what is waiting
-            flags.copy_(torch.full(flags.shape, 2**62).pin_memory(), non_blocking=True)
+        flags = self.memory[2 * self.AREA:].view(torch.long).view_as(self.raised)
+        with torch.cuda.stream(self.aside) if self.memory.is_cuda else nullcontext():
+            flags.copy_(self.raised, non_blocking=True)  # past what is waiting in the other stream
 
 
 def _handle(storage: torch.UntypedStorage) -> list:
