@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import threading
 from bisect import bisect_left
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -719,9 +720,16 @@ class TensorParallelRunner(ParallelModelRunner):
             raise
 
     def _leave_group(self) -> None:
-        """NCCL lets go only after the recordings that hold its kernels."""
+        """End what waits on the GPU for another rank, and the group.
+
+        NCCL is told to give up first, since a recording that is running cannot be thrown away; but
+        it returns only once there are no recordings of its kernels: so it is told in a thread.
+        """
+        leaving = threading.Thread(target=self.group.close)
+        leaving.start()
+        leaving.join(0.5)              # it has been told by then
         self.recordings.clear()
-        self.group.close()
+        leaving.join()
 
     def close(self) -> None:
         """End the workers: with an empty step, which is the last, where they still listen."""

@@ -132,10 +132,14 @@ class VocabParallelEmbedding(_VocabParallel):
     """Token ids [T] -> [T, hidden], by one all_reduce."""
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        return self.group.all_reduce(self.summand(token_ids))
+
+    def summand(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """What this rank knows: the rows of its own range, and zeros for all other tokens."""
         local = token_ids - self.first                                  # [T]
         absent = (local < 0) | (local >= self.rows)
         x = F.embedding(local.masked_fill(absent, 0), self.weight)      # [T, hidden]
-        return self.group.all_reduce(x.masked_fill(absent[:, None], 0))
+        return x.masked_fill(absent[:, None], 0)
 
 
 class ParallelLMHead(_VocabParallel):

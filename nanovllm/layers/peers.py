@@ -13,8 +13,7 @@ from torch import nn
 
 from ..utils.distributed import PeerMemory
 from .fused import FusedDecoder
-from .linear import RowParallelLinear
-from .triton_kernels import add_rms_norm
+from .linear import RowParallelLinear, VocabParallelEmbedding
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def sum_add_rms_norm(peers: PeerMemory, residual: torch.Tensor, weight: torch.Te
     out, n = torch.empty_like(residual), residual.shape[-1]
     sum_add_rms_norm_kernel[(len(residual),)](
         peers.addresses, peers.meetings, residual, weight, out, eps, peers.area * peers.AREA,
-        2 * peers.AREA, N=n, WIDTH=triton.next_power_of_2(n), RANK=peers.rank,
+        3 * peers.AREA, N=n, WIDTH=triton.next_power_of_2(n), RANK=peers.rank,
         RANKS=peers.world_size, num_warps=4 if n <= 2048 else 8)
     return out
 
@@ -76,26 +75,21 @@ class PeerDecoder(FusedDecoder):
         hidden, dtype = self.norm.weight.shape[0], self.norm.weight.dtype
         if not self.peers.fits(len(input_ids), hidden, dtype):
             return super().forward(input_ids, positions)
-        residual, x = self.embed_tokens(input_ids), None                # [T, hidden]
-        for layer in self.layers:
-            x = self._next(x, residual, layer.input_layernorm)
-            x = layer.self_attn(positions, x)           # this rank's summand
-            x = self._next(x, residual, layer.post_attention_layernorm)
-            x = layer.mlp(x)                            # and again
-        return self._next(x, residual, self.norm)
-
-    def _next(self, summand: torch.Tensor | None, residual: torch.Tensor,
-              norm: nn.Module) -> torch.Tensor:
-        """Add what the ranks computed last to the residual; its norm."""
-        if summand is None:                             # nothing yet
-            return add_rms_norm(None, residual, norm.weight, norm.eps)
-        return sum_add_rms_norm(self.peers, residual, norm.weight, norm.eps)
+        summands = self.peers.place(len(input_ids), hidden, dtype, is_first=True)
+        summands.copy_(self.embed_tokens.summand(input_ids))
+        residual = torch.zeros_like(summands)                           # [T, hidden]
+        add_and_norm = lambda norm: sum_add_rms_norm(self.peers, residual, norm.weight, norm.eps)
+        for layer in self.layers:                       # each part leaves its summands in place
+            layer.self_attn(positions, add_and_norm(layer.input_layernorm))
+            layer.mlp(add_and_norm(layer.post_attention_layernorm))
+        return add_and_norm(self.norm)
 
 
 def connect(model: nn.Module, peers: PeerMemory) -> nn.Module:
     """Let a fused model's sums go by way of `peers`, where it has a sum after each part; the model."""
     parts = lambda layer: (layer.self_attn.o_proj, getattr(layer.mlp, "down_proj", None))
-    if type(model.model) is FusedDecoder and all(
+    if type(model.model) is FusedDecoder and type(
+            model.model.embed_tokens) is VocabParallelEmbedding and all(
             type(part) is RowParallelLinear and part.bias is None
             for layer in model.model.layers for part in parts(layer)):
         model.model = PeerDecoder(model.model, peers)

@@ -100,6 +100,7 @@ class TensorParallelGroup:
         """Give NCCL's memory back; what still waits for another rank on the GPU ends here."""
         if self.peers is not None:
             self.peers.let_go()
+            self.peers = None
         if self.data is not self.control:
             self.data.abort()          # shutdown() would wait for ranks that may be gone
         # their threads end now, and not beside an interpreter that is being taken down
@@ -109,7 +110,7 @@ class TensorParallelGroup:
 class PeerMemory:
     """A piece of each rank's GPU memory that the other GPUs of the host read directly.
 
-    Two areas for summands, used in turn, and behind them a flag for each row and rank (int64).
+    Three areas for summands, and behind them a flag for each row and rank (int64).
     memory: this rank's, `size(ranks)` bytes of zeros; addresses: all ranks', as seen from here.
     """
     ROWS, AREA = 512, 8 * 2**20        # larger sums are NCCL's: there bandwidth counts
@@ -127,21 +128,23 @@ class PeerMemory:
     @classmethod
     def size(cls, world_size: int) -> int:
         """Bytes of a rank's memory."""
-        return 2 * cls.AREA + cls.ROWS * world_size * 8
+        return 3 * cls.AREA + cls.ROWS * world_size * 8
 
     def fits(self, rows: int, columns: int, dtype: torch.dtype) -> bool:
         """Whether summands of this shape have room."""
         return rows <= self.ROWS and rows * columns * dtype.itemsize <= self.AREA
 
-    def place(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """Memory [rows, columns] for this rank's summands of the next sum."""
-        self.area = 1 - self.area      # the others may still be reading those of the last
+    def place(self, rows: int, columns: int, dtype: torch.dtype,
+              is_first: bool = False) -> torch.Tensor:
+        """Memory [rows, columns] for this rank's summands of the next sum, or a pass' first sum."""
+        # never the area of the sum before, which others may still be reading
+        self.area = 2 if is_first else int(self.area == 0)
         start = self.area * self.AREA
         return self.memory[start:start + rows * columns * dtype.itemsize].view(dtype).view(rows, -1)
 
     def let_go(self) -> None:
         """Nobody here waits for another rank any longer, now or later: the group is broken."""
-        flags = self.memory[2 * self.AREA:].view(torch.long).view_as(self.raised)
+        flags = self.memory[3 * self.AREA:].view(torch.long).view_as(self.raised)
         with torch.cuda.stream(self.aside) if self.memory.is_cuda else nullcontext():
             flags.copy_(self.raised, non_blocking=True)  # past what is waiting in the other stream
 
