@@ -6,6 +6,8 @@
     python tools/run_notebooks.py --flags gpu         also the cells flagged `#| gpu`
     python tools/run_notebooks.py --flags gpu --only-flagged
                                                       run all, store only what those cells show
+    python tools/run_notebooks.py --keep-going        store the outputs of all cells but those that
+                                                      fail
 
 The kernel works in nbs/ and imports the package of this repository. Cells with a flag from
 `tst_flags` in settings.ini (`gpu`, `weights`) are left out unless asked for, and keep the outputs
@@ -62,11 +64,13 @@ def select(names: list[str]) -> list[Path]:
     return chosen
 
 
-def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int) -> None:
+def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
+            keeps_going: bool = False) -> list[str]:
     """Run the notebook at `path` and save its outputs; leaves out cells with a flag in `skip`.
 
     With `store`, only cells with one of those flags get new outputs. Raises nbclient's
-    CellExecutionError, and saves nothing, when a cell fails.
+    CellExecutionError, and saves nothing, when a cell fails; if it `keeps_going` the failed cells
+    have the outputs that they had, and the errors are returned.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -82,13 +86,19 @@ def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int) ->
     notebook = nbformat.read(path, as_version=4)
     stored = [cell.get("outputs") for cell in notebook.cells]
     Client(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
+           allow_errors=keeps_going,
            extra_arguments=["--IPKernelApp.log_level=ERROR"],    # no advice about its ports
            resources={"metadata": {"path": str(path.parent)}}).execute()
-    if store is not None:
-        for cell, outputs in zip(notebook.cells, stored):
-            if cell.cell_type == "code" and not directives(cell.source) & store:
-                cell.outputs = outputs
+    errors = []
+    for cell, outputs in zip(notebook.cells, stored):
+        if cell.cell_type != "code":
+            continue
+        failed = [o for o in cell.outputs if o.output_type == "error"]
+        errors += [f"cell {cell.id}: {o.ename}: {o.evalue}" for o in failed]
+        if failed or store is not None and not directives(cell.source) & store:
+            cell.outputs = outputs
     nbformat.write(notebook, path)
+    return errors
 
 
 def clean(path: Path) -> None:
@@ -110,6 +120,8 @@ def main() -> int:
                         help="run the cells with these flags too: gpu, weights")
     parser.add_argument("--only-flagged", action="store_true",
                         help="store new outputs only for the cells with --flags")
+    parser.add_argument("--keep-going", action="store_true",
+                        help="after a cell that fails, run the others and store their outputs")
     parser.add_argument("--timeout", type=int, default=900, metavar="S",
                         help="seconds that one cell may take (default: 900)")
     args = parser.parse_args()
@@ -132,9 +144,11 @@ def main() -> int:
         print(f"[{number}/{len(notebooks)}] {path.name} … ", end="", flush=True)
         start = time.perf_counter()
         try:
-            execute(path, known - set(args.flags), set(args.flags) if args.only_flagged else None,
-                    args.timeout)
-            verdict = "ok"
+            errors = execute(path, known - set(args.flags),
+                             set(args.flags) if args.only_flagged else None, args.timeout,
+                             args.keep_going)
+            verdict = "\n".join(["FAILED in some cells", *errors]) if errors else "ok"
+            failed += bool(errors)
         except (CellExecutionError, TimeoutError) as error:
             plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))      # without the colours
             verdict, failed = f"FAILED, not changed\n{plain}", failed + 1
