@@ -7,10 +7,10 @@
         --engines nanovllm hf --config "eager:enforce_eager=True" --hf-batch 64 --limit 120
 
 Each engine works in a process of its own, so that its memory is its own, and so that one may live
-in another Python (--vllm-python, --nano-vllm). The engines take turns within each run, and every
-run has new token ids, so that no prefix cache knows them from the run before. What is printed are
-medians over the runs, with the smallest and the largest. Times are what a client sees: from the
-moment a request is due to the moment its token is there.
+in another Python (--vllm-python, --llama-python, --nano-vllm). The engines take turns within each
+run, and every run has new token ids, so that no prefix cache knows them from the run before. What
+is printed are medians over the runs, with the smallest and the largest. Times are what a client
+sees: from the moment a request is due to the moment its token is there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "nano-vllm")
+ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "llama-cpp", "nano-vllm")
 DEMO_TITLE = "demo model"
 WORKLOADS = ("nano-vllm", "decode", "shared-prefix", "long-prompt", "poisson")
 
@@ -271,6 +271,10 @@ def engine_list(args) -> dict[str, tuple[str, dict]]:
     if "vllm" in args.engines and not has_vllm:
         raise ValueError("engine vllm: it is not installed here; give the Python of an environment "
                          "that has it with --vllm-python")
+    if "llama-cpp" in args.engines and not (args.llama_python
+                                            or importlib.util.find_spec("llama_cpp")):
+        raise ValueError("engine llama-cpp: give the Python of an environment that has "
+                         "llama-cpp-python with --llama-python")
     return engines
 
 
@@ -347,8 +351,8 @@ class Bench:
         if name not in self.workers:
             kind, settings = self.engines[name]
             args, model = self.args, self.model
-            worker = self.workers[name] = Worker(args.vllm_python if kind == "vllm" else None,
-                                                 self.threads)
+            pythons = {"vllm": args.vllm_python, "llama-cpp": args.llama_python}
+            worker = self.workers[name] = Worker(pythons.get(kind), self.threads)
             loaded = worker.ask(do="open", engine=kind, model=model.folder, device=args.device,
                                 dtype=model.limits["dtype"],  # "auto" means other things to others
                                 is_dummy=model.is_dummy, settings=settings,
@@ -730,6 +734,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hf-batch", type=int, default=8, metavar="N", help="hf: rows of a batch (default 8)")
     add("--vllm-python", metavar="PATH", help="the Python of an environment that has vLLM")
     add("--vllm-set", action="append", default=[], metavar="KEY=VALUE", help="a setting of vLLM")
+    add("--llama-python", metavar="PATH", help="the Python of an environment that has "
+        "llama-cpp-python (CPU only, and Qwen3 only)")
     add("--nano-vllm", metavar="FOLDER", help="a checkout of GeeeekExplorer/nano-vllm")
     add("--keep", action=argparse.BooleanOptionalAction, help="keep all engines loaded between "
         "runs (default: on a CPU; a GPU holds one at a time)")
