@@ -371,7 +371,7 @@ class VLLM(StepEngine):
 class LlamaCpp(StepEngine):
     """llama.cpp in the Python of --llama-python, through llama-cpp-python's low-level functions.
 
-    Its high-level class decodes one sequence; `llama_decode` takes a batch with a token of each, and
+    Its high-level class decodes one sequence; `llama_decode` takes a batch: a token of each, and
     pieces of new prompts. No prefix cache: sharing is the business of llama.cpp's server.
     """
     most_tokens = 2048  # of a call, llama.cpp's own default; it computes them 512 at a time
@@ -428,7 +428,7 @@ class LlamaCpp(StepEngine):
                                  temperature=temperature))
 
     def step(self):
-        """A token for every running row, and the next tokens of prompts, as many as there is room."""
+        """A token for every running row, and tokens of prompts, as many as there is room for."""
         lib, batch = self.lib, self.batch
         while self.waiting and self.free:
             self.running.append({**self.waiting.pop(0), "seq": self.free.pop()})
