@@ -4,9 +4,10 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "SMALL", "logger", "C_HEADER", "C_FLAGS", "C_TYPES", "C_DTYPES", "RMS_NORM_C", "SILU_C",
-    "ROPE_C", "LINEAR_C", "STORE_C", "DECODE_C", "C_SOURCE", "C_SIGNATURES", "FUSED",
-    "PackedLinear", "can_pack", "pack_linears", "compile_c", "FusedRMSNorm", "FusedSiluAndMul",
-    "FusedRotaryEmbedding", "TiledLinear", "load_kernels", "CPUBackend", "optimize_for_cpu",
+    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "LAYERS_C", "C_SOURCE",
+    "C_SIGNATURES", "FUSED", "PackedLinear", "can_pack", "pack_linears", "compile_c",
+    "FusedRMSNorm", "FusedSiluAndMul", "FusedRotaryEmbedding", "empty_in_huge_pages", "TiledLinear",
+    "load_kernels", "CPUBackend", "CPUDecoder", "optimize_for_cpu",
 ]
 
 import ctypes
@@ -18,11 +19,12 @@ import subprocess
 import tempfile
 from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..utils.context import Context
+from ..utils.context import Context, get_context
 from .activation import SiluAndMul
 from .attention import ATTENTION_BACKENDS, Attention, SDPABackend
 from .layernorm import RMSNorm
@@ -264,14 +266,15 @@ static inline __m512 multiply_add(__m512 sum, const T *w, const T *x) {
 #endif
 
 static inline __attribute__((always_inline)) void tile(
-        const int rows, T *out, const T *x, const T *w, const float *start, int64_t k, int64_t n) {
+        const int rows, T *out, const T *x, const T *w, const float *start, int64_t k, int64_t n,
+        const char *ahead, int64_t pace) {
     __m512 low[12], high[12];  // rows is a constant wherever this is put in: they are registers
     for (int r = 0; r < rows; r++)
         low[r] = _mm512_loadu_ps(start), high[r] = _mm512_loadu_ps(start + 16);
     for (int64_t i = 0; i < k; i += STEP) {
         const T *piece = w + i * 32;
-        _mm_prefetch((const char *)piece + 4096, _MM_HINT_T0);
-        _mm_prefetch((const char *)piece + 4160, _MM_HINT_T0);
+        _mm_prefetch(ahead, _MM_HINT_T0), _mm_prefetch(ahead + 64, _MM_HINT_T0);
+        ahead += pace;
         for (int r = 0; r < rows; r++) {
             low[r] = multiply_add(low[r], piece, x + r * k + i);
             high[r] = multiply_add(high[r], piece + 16 * STEP, x + r * k + i);
@@ -289,14 +292,18 @@ int64_t linear_step(void) { return STEP; }
 
 void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t k, int64_t n,
             int64_t threads) {
+    int64_t passes = (rows + 11) / 12, most = passes ? (rows + passes - 1) / passes : 0;
     #pragma omp parallel for num_threads(threads) if (rows * k * n > 65536)
     for (int64_t j = 0; j < n; j += 32) {
         float start[32] = {0};
         if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
-        for (int64_t r = 0; r < rows; r += 12) {
+        const T *ahead = w + j * k + 4096 / sizeof(T);  // what to ask memory for, long before
+        if (passes > 1) ahead = w + (j + 32) * k;       // the next tile, a part in each pass
+        for (int64_t r = 0; r < rows; r += most, ahead += k * 32 / passes) {
             #define CASE(R) case R: \
-                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n); break;
-            switch (rows - r < 12 ? rows - r : 12) {
+                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n, \
+                     (const char *)ahead, 128 / passes); break;
+            switch (rows - r < most ? rows - r : most) {
                 CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
                 CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
             }
@@ -307,16 +314,27 @@ void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t
 """
 
 
+HUGE_PAGE = 2**21  # bytes
+
+
+def empty_in_huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor that begins where a huge page does, if the system has huge pages."""
+    nbytes = torch.Size(shape).numel() * dtype.itemsize
+    memory = np.empty(nbytes + HUGE_PAGE, dtype=np.uint8)  # NumPy asks the system for them
+    start = -memory.ctypes.data % HUGE_PAGE
+    return torch.from_numpy(memory[start:start + nbytes]).view(dtype).view(shape)
+
+
 class TiledLinear(nn.Module):
     """An nn.Linear for inference whose weight lies in tiles [out/32, in/step, 32, step]."""
 
     def __init__(self, linear: nn.Linear, kernels: ctypes.CDLL):
         super().__init__()
-        self.out_features, width = linear.weight.shape
+        self.out_features, self.in_features = linear.weight.shape
         step = kernels.linear_step()
-        tiles = linear.weight.detach().view(-1, 32, width // step, step)
-        self.tiles, self.bias = tiles.transpose(1, 2).contiguous(), linear.bias
-        self.kernel = kernels.linear
+        tiles = linear.weight.detach().view(-1, 32, self.in_features // step, step).transpose(1, 2)
+        self.tiles = empty_in_huge_pages(tiles.shape, tiles.dtype).copy_(tiles)
+        self.bias, self.kernel = linear.bias, kernels.linear
 
     @staticmethod
     def fits(linear: nn.Linear, kernels: ctypes.CDLL | None) -> bool:
@@ -405,10 +423,60 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
     }
 }
 """
-C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C
+
+LAYERS_C = r"""
+#ifdef STEP  // where there is a `linear`
+typedef struct {  // where a layer's tensors are; NULL for a norm or a bias that it does not have
+    T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm;
+    T *gate_up, *gate_up_bias, *down, *down_bias, *k_cache, *v_cache;
+} layer;
+
+static void add(T *out, const T *x, int64_t n) {
+    #pragma omp simd
+    for (int64_t i = 0; i < n; i++) out[i] = narrow(load(out[i]) + load(x[i]));
+}
+
+void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
+                   const int32_t *positions, const int32_t *slots, const int32_t *tables,
+                   const int32_t *lengths, int64_t layers, int64_t rows, int64_t width,
+                   int64_t hidden, int64_t heads, int64_t kv_heads, int64_t inner,
+                   int64_t block_size, float eps, float scale, int64_t threads) {
+    int64_t q_size = heads * D, kv_size = kv_heads * D, all = q_size + 2 * kv_size;
+    T *normed = space, *qkv = normed + rows * hidden, *q = qkv + rows * all;
+    T *k = q + rows * q_size, *o = k + rows * kv_size, *gates = o + rows * q_size;
+    T *gated = gates + rows * 2 * inner;
+    for (const layer *end = a + layers; a < end; a++) {
+        rms_norm(normed, x, a->input_norm, rows, 1, hidden, hidden, eps, threads);
+        linear(qkv, normed, a->qkv, a->qkv_bias, rows, hidden, all, threads);
+        if (a->q_norm) {
+            rms_norm(q, qkv, a->q_norm, rows, heads, all, D, eps, threads);
+            rms_norm(k, qkv + q_size, a->k_norm, rows, kv_heads, all, D, eps, threads);
+            rope(q, k, q, k, rope_table, positions, rows, heads, kv_heads, D, q_size, kv_size,
+                 threads);
+        } else
+            rope(q, k, qkv, qkv + q_size, rope_table, positions, rows, heads, kv_heads, D, all, all,
+                 threads);
+        store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, rows, kv_size,
+                      kv_size, all);
+        paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, rows, width, heads, kv_heads,
+                     block_size, scale, threads);
+        linear(normed, o, a->o, a->o_bias, rows, q_size, hidden, threads);
+        add(x, normed, rows * hidden);
+        rms_norm(normed, x, a->post_norm, rows, 1, hidden, hidden, eps, threads);
+        linear(gates, normed, a->gate_up, a->gate_up_bias, rows, hidden, 2 * inner, threads);
+        silu_and_mul(gated, gates, rows, inner, threads);
+        linear(normed, gated, a->down, a->down_bias, rows, inner, hidden, threads);
+        add(x, normed, rows * hidden);
+    }
+}
+#endif
+"""
+
+C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + LAYERS_C
 # function:arguments, each a pointer, an integer or a float
 C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiii "
-                "paged_decode:ppppppiiiiifi linear:ppppiiii linear_step:")
+                "paged_decode:ppppppiiiiifi linear:ppppiiii linear_step: "
+                "decode_layers:ppppppppiiiiiiiiffi")
 
 
 @cache
@@ -460,6 +528,63 @@ class CPUBackend(SDPABackend):
 
 ATTENTION_BACKENDS["cpu"] = CPUBackend
 
+
+class CPUDecoder(nn.Module):
+    """A decoder that takes a decode step through all its layers in one call of C."""
+
+    def __init__(self, decoder: nn.Module, kernels: ctypes.CDLL):
+        super().__init__()
+        self.embed_tokens, self.norm = decoder.embed_tokens, decoder.norm
+        self.layers, self.kernel = decoder.layers, kernels.decode_layers
+        self.addresses = self.cache = None
+
+    @staticmethod
+    def fits(decoder: nn.Module) -> bool:
+        """Whether every layer is made of what `decode_layers` does."""
+        return all(type(linear) is TiledLinear for layer in decoder.layers for linear in (
+            layer.self_attn.qkv_proj, layer.self_attn.o_proj,
+            getattr(layer.mlp, "gate_up_proj", None), getattr(layer.mlp, "down_proj", None)))
+
+    def _find(self, layer: nn.Module) -> list[int]:
+        """The addresses of a layer's tensors, in the order of the struct in C."""
+        attn, mlp = layer.self_attn, layer.mlp
+        norms = [attn.q_norm.weight, attn.k_norm.weight] if attn.qk_norm else [None, None]
+        tensors = [layer.input_layernorm.weight, attn.qkv_proj.tiles, attn.qkv_proj.bias, *norms,
+                   attn.o_proj.tiles, attn.o_proj.bias, layer.post_attention_layernorm.weight,
+                   mlp.gate_up_proj.tiles, mlp.gate_up_proj.bias, mlp.down_proj.tiles,
+                   mlp.down_proj.bias, attn.attn.k_cache, attn.attn.v_cache]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token ids and positions [T] -> hidden states [T, hidden]."""
+        x, context = self.embed_tokens(input_ids), get_context()  # x [T, hidden]
+        attention = self.layers[0].self_attn.attn
+        if context.num_decode_rows == len(x) and type(attention.backend) is CPUBackend:
+            self._decode(x, positions, context, attention)
+        else:
+            for layer in self.layers:
+                x = layer(positions, x)
+        return self.norm(x)
+
+    def _decode(self, x: torch.Tensor, positions: torch.Tensor, context: Context,
+                attention: Attention) -> None:
+        """Take x [R, hidden] through all layers, in place."""
+        if self.cache is not attention.k_cache:
+            self.cache = attention.k_cache
+            self.addresses = torch.tensor([self._find(layer) for layer in self.layers])
+        (rows, hidden), first = x.shape, self.layers[0]
+        _, block_size, kv_heads, head_dim = self.cache.shape
+        heads, inner = attention.num_heads, first.mlp.down_proj.in_features
+        width = hidden + (3 * heads + 3 * kv_heads) * head_dim + 3 * inner
+        space, positions = torch.empty(rows * width, dtype=x.dtype), positions.int()
+        self.kernel(x.data_ptr(), space.data_ptr(), self.addresses.data_ptr(),
+                    first.self_attn.rotary_emb.cos_sin.data_ptr(), positions.data_ptr(),
+                    context.slot_mapping.data_ptr(), context.block_tables.data_ptr(),
+                    context.context_lens.data_ptr(), len(self.layers), rows,
+                    context.block_tables.shape[1], hidden, heads, kv_heads, inner, block_size,
+                    first.input_layernorm.eps, attention.scale, torch.get_num_threads())
+
+
 FUSED = {RMSNorm: FusedRMSNorm, SiluAndMul: FusedSiluAndMul, RotaryEmbedding: FusedRotaryEmbedding}
 
 
@@ -477,5 +602,7 @@ def optimize_for_cpu(model: nn.Module) -> nn.Module:
                     if child not in replaced:
                         replaced[child] = FUSED[type(child)](child, kernels)
                     setattr(module, name, replaced[child])
+        if CPUDecoder.fits(model.model):
+            model.model = CPUDecoder(model.model, kernels)
     pack_linears(model)  # those that remain
     return model
