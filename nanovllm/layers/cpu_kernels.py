@@ -363,16 +363,24 @@ void store_kvcache(T *k_cache, T *v_cache, const T *k, const T *v, const int32_t
 }
 """
 DECODE_C = r"""
-static void attend(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
+static inline void ask_for(const T *x, int64_t n) {  // so that it is in the cache when it is due
+    for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
+}
+
+static void attend(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *first,
                    int64_t length, int64_t heads, int64_t group, int64_t slot_size,
                    int64_t block_size, float scale) {
     float *score = malloc(heads * (length + 2 * D) * sizeof(float));  // [heads, length]
     float *query = score + heads * length, *sum = query + heads * D;  // [heads, D] both
+    const int32_t *table = first;
     for (int64_t i = 0; i < heads * D; i++) query[i] = load(q[i]) * scale, sum[i] = 0;
-    for (int64_t start = 0; start < length; start += block_size) {
-        const T *keys = k_cache + table[start / block_size] * block_size * slot_size;
+    int64_t block = block_size * slot_size;
+    for (int64_t start = 0; start < length; start += block_size, table++) {
+        const T *keys = k_cache + *table * block, *next = v_cache + *first * block;
+        if (start + block_size < length) next = k_cache + table[1] * block;
         int64_t count = length - start < block_size ? length - start : block_size;
-        for (int64_t t = 0; t < count; t++)  // in the order of memory, and read once for all heads
+        for (int64_t t = 0; t < count; t++) {  // in the order of memory, once for all heads
+            ask_for(next + t * slot_size, heads / group * D);
             for (int64_t h = 0; h < heads; h++) {
                 const T *key = keys + t * slot_size + h / group * D;
                 float dot = 0;
@@ -380,6 +388,7 @@ static void attend(T *out, const T *q, const T *k_cache, const T *v_cache, const
                 for (int64_t i = 0; i < D; i++) dot += query[h * D + i] * load(key[i]);
                 score[h * length + start + t] = dot;
             }
+        }
     }
     for (int64_t h = 0; h < heads; h++) {  // softmax
         float *s = score + h * length, top = s[0], total = 0;
@@ -389,14 +398,17 @@ static void attend(T *out, const T *q, const T *k_cache, const T *v_cache, const
         for (int64_t t = 0; t < length; t++) total += s[t] = exponential(s[t] - top);
         for (int64_t t = 0; t < length; t++) s[t] /= total;
     }
-    for (int64_t start = 0; start < length; start += block_size) {
-        const T *values = v_cache + table[start / block_size] * block_size * slot_size;
+    table = first;
+    for (int64_t start = 0; start < length; start += block_size, table++) {
+        const T *values = v_cache + *table * block, *next = values;
+        if (start + block_size < length) next = v_cache + table[1] * block;
         int64_t count = length - start < block_size ? length - start : block_size;
         for (int64_t h = 0; h < heads; h++) {
             const T *value = values + h / group * D;
             float part[D];                  // D is a constant, so that this lives in registers
             for (int64_t i = 0; i < D; i++) part[i] = sum[h * D + i];
             for (int64_t t = 0; t < count; t++) {
+                ask_for(next + t * slot_size + h * D / group, D / group);  // each head its share
                 float weight = score[h * length + start + t];
                 #pragma omp simd
                 for (int64_t i = 0; i < D; i++) part[i] += weight * load(value[t * slot_size + i]);
