@@ -571,7 +571,7 @@ class CPUDecoder(nn.Module):
         """Token ids and positions [T] -> hidden states [T, hidden]."""
         x, context = self.embed_tokens(input_ids), get_context()  # x [T, hidden]
         attention = self.layers[0].self_attn.attn
-        if context.num_decode_rows == len(x) and type(attention.backend) is CPUBackend:
+        if context.num_decode_rows == len(x) and attention.backend.name == CPUBackend.name:
             self._decode(x, positions, context, attention)
         else:
             for layer in self.layers:
