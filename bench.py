@@ -7,10 +7,10 @@
         --engines nanovllm hf --config "eager:enforce_eager=True" --hf-batch 64 --limit 120
 
 Each engine works in a process of its own, so that its memory is its own, and so that one may live
-in another Python (--vllm-python, --nano-vllm). The engines take turns within each run, and every
-run has new token ids, so that no prefix cache knows them from the run before. What is printed are
-medians over the runs, with the smallest and the largest. Times are what a client sees: from the
-moment a request is due to the moment its token is there.
+in another Python (--vllm-python, --llama-python, --nano-vllm). The engines take turns within each
+run, and every run has new token ids, so that no prefix cache knows them from the run before. What
+is printed are medians over the runs, with the smallest and the largest. Times are what a client
+sees: from the moment a request is due to the moment its token is there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "nano-vllm")
+ENGINES = ("nanovllm", "hf", "hf-continuous", "vllm", "llama-cpp", "nano-vllm")
 DEMO_TITLE = "demo model"
 WORKLOADS = ("nano-vllm", "decode", "shared-prefix", "long-prompt", "poisson")
 
@@ -258,19 +258,25 @@ def engine_list(args) -> dict[str, tuple[str, dict]]:
         vllm.update(parse_settings(text))
     given = {"nanovllm": common, "vllm": vllm}
     engines = {name: (name, given.get(name, {})) for name in args.engines}
-    for text in args.config:
-        name, settings = parse_config(text)
-        if name in engines:
-            raise ValueError(f"--config: there are two engines called {name!r}")
-        engines[name] = ("nanovllm", {**common, **settings})
+    for kind, option in (("nanovllm", "config"), ("vllm", "vllm_config")):
+        for text in getattr(args, option):
+            name, settings = parse_config(text)
+            if name in engines:
+                raise ValueError(f"--{option.replace('_', '-')}: there are two engines called "
+                                 f"{name!r}")
+            engines[name] = (kind, {**given[kind], **settings})
     check_settings({key for kind, settings in engines.values() if kind == "nanovllm"
                     for key in settings} - {"static_batch"})
     if "nano-vllm" in args.engines and not args.nano_vllm:
         raise ValueError("engine nano-vllm: give the folder of its repository with --nano-vllm")
     has_vllm = args.vllm_python or importlib.util.find_spec("vllm")
-    if "vllm" in args.engines and not has_vllm:
+    if any(kind == "vllm" for kind, _ in engines.values()) and not has_vllm:
         raise ValueError("engine vllm: it is not installed here; give the Python of an environment "
                          "that has it with --vllm-python")
+    if "llama-cpp" in args.engines and not (args.llama_python
+                                            or importlib.util.find_spec("llama_cpp")):
+        raise ValueError("engine llama-cpp: give the Python of an environment that has "
+                         "llama-cpp-python with --llama-python")
     return engines
 
 
@@ -347,8 +353,8 @@ class Bench:
         if name not in self.workers:
             kind, settings = self.engines[name]
             args, model = self.args, self.model
-            worker = self.workers[name] = Worker(args.vllm_python if kind == "vllm" else None,
-                                                 self.threads)
+            pythons = {"vllm": args.vllm_python, "llama-cpp": args.llama_python}
+            worker = self.workers[name] = Worker(pythons.get(kind), self.threads)
             loaded = worker.ask(do="open", engine=kind, model=model.folder, device=args.device,
                                 dtype=model.limits["dtype"],  # "auto" means other things to others
                                 is_dummy=model.is_dummy, settings=settings,
@@ -504,7 +510,7 @@ def run_ablations(args, model: Model, say=print) -> list[dict]:
         common = engine_list(args).get("nanovllm", ("nanovllm", {}))[1]
         engines = {"with": ("nanovllm", {**common, **case["on"]}),
                    "without": ("nanovllm", {**common, **case["off"]})}
-        requests = args.requests or case.get("requests")
+        requests = args.requests[0] if args.requests else case.get("requests")
         most = longest_request(make_workload(case["workload"], args.scale, args.seed,
                                              requests=requests))
         with Bench(args, model, engines, max(4096, most + 1)) as bench:
@@ -713,7 +719,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group("workload").add_argument
     add("--scale", type=float, default=0.1, help="1 is full size, 256 requests of 100 to 1024 "
         "tokens in and out; less makes them fewer and shorter (default 0.1)")
-    add("--requests", type=int, metavar="N", help="so many requests, whatever --scale says")
+    add("--requests", type=int, nargs="+", metavar="N", help="so many requests, whatever --scale "
+        "says; several numbers are measured one after another")
     add("--rate", type=float, default=4.0, help="poisson: arrivals a second (default 4)")
     add("--seed", type=int, default=0)
     add("--runs", type=int, default=3, help="runs of each workload by each engine (default 3)")
@@ -730,6 +737,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--hf-batch", type=int, default=8, metavar="N", help="hf: rows of a batch (default 8)")
     add("--vllm-python", metavar="PATH", help="the Python of an environment that has vLLM")
     add("--vllm-set", action="append", default=[], metavar="KEY=VALUE", help="a setting of vLLM")
+    add("--vllm-config", action="append", default=[], metavar="NAME:KEY=VALUE,...",
+        help="a further configuration of vLLM, e.g. compiled:enforce_eager=False")
+    add("--llama-python", metavar="PATH", help="the Python of an environment that has "
+        "llama-cpp-python (CPU only, and Qwen3 only)")
     add("--nano-vllm", metavar="FOLDER", help="a checkout of GeeeekExplorer/nano-vllm")
     add("--keep", action=argparse.BooleanOptionalAction, help="keep all engines loaded between "
         "runs (default: on a CPU; a GPU holds one at a time)")
@@ -744,7 +755,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be more than 0")
     fewest = 1 if args.workload == ["decode"] else 2  # the others are about requests side by side
-    if args.requests is not None and args.requests < fewest:
+    if args.requests is not None and min(args.requests) < fewest:
         parser.error(f"--requests must be at least {fewest}")
     if args.model and args.shape:
         parser.error("give --model or --shape, not both")
@@ -766,16 +777,17 @@ def models_and_workloads(args, folder: Path) -> list[tuple[Model, str, float, in
                      is_dummy=True, dtype=dtype)
 
     demo = Model(str(ROOT / "nanovllm" / "demo_model"), DEMO_TITLE, dtype=args.dtype)
+    counts = args.requests or [None]
     if not (args.model or args.shape or args.workload):
         small = shape("qwen3-0.6b", "bfloat16")
-        return [*((demo, name, args.scale, args.requests) for name in WORKLOADS),
+        return [*((demo, name, args.scale, n) for name in WORKLOADS for n in counts),
                 (small, "nano-vllm", args.scale / 4, 8), (small, "decode", args.scale / 4, 8)]
     model = demo
     if args.model:
         model = Model(args.model, Path(args.model).name, dtype=args.dtype)
     elif args.shape:
         model = shape(args.shape, args.dtype)
-    return [(model, name, args.scale, args.requests) for name in args.workload or ["nano-vllm"]]
+    return [(model, name, args.scale, n) for name in args.workload or ["nano-vllm"] for n in counts]
 
 
 def run_soak(args, model: Model) -> dict:

@@ -1,12 +1,15 @@
 """bench.py: its workloads, its figures, a small run, a cut run, a soak, and what it refuses."""
 
 import json
+import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tools")]
 import bench  # noqa: E402
 import bench_worker  # noqa: E402
+import to_gguf  # noqa: E402
 
 from nanovllm.utils.metrics import percentile  # noqa: E402
 
@@ -141,6 +145,24 @@ def test_a_cut_run_says_so(tmp_path, capsys):
     assert got["seconds"] < 5 and "was cut at its time limit" in capsys.readouterr().out
 
 
+def test_several_numbers_of_requests_are_measured_one_after_another(tmp_path):
+    status, report = run(tmp_path, "--engines", "nanovllm", "--runs", "1", "--scale", "0.02",
+                         "--workload", "decode", "--requests", "1", "3")
+    assert status == 0 and [r["requests"] for r in report["records"]] == [1, 3]
+
+
+@pytest.mark.skipif("LLAMA_PYTHON" not in os.environ, reason="LLAMA_PYTHON names no environment "
+                    "with llama-cpp-python")
+def test_llama_cpp_gives_the_tokens_of_hugging_face(tmp_path):
+    status, report = run(tmp_path, "--engines", "hf", "llama-cpp", "--runs", "2", "--scale", "0.05",
+                         "--workload", "nano-vllm", "long-prompt", "--llama-python",
+                         os.environ["LLAMA_PYTHON"])
+    assert status == 0
+    for record in report["records"]:
+        got = record["engines"]["llama-cpp"]["summary"]
+        assert got["same_tokens"] == {"as": "hf", "share": 1.0}
+
+
 def test_soak_gives_all_blocks_back(tmp_path, capsys):
     status, report = run(tmp_path, "--soak", "0.05")
     got = report["soak"]
@@ -156,6 +178,74 @@ def test_drift_is_the_farthest_stray_after_settling():
 
 
 # -----------------------------------------------------------------------------------------------
+# GGUF, for llama.cpp
+# -----------------------------------------------------------------------------------------------
+
+def read_gguf(file):
+    """Metadata and tensors of a GGUF file, read as its specification has it."""
+    data, at = file.read_bytes(), 0
+
+    def take(form):
+        nonlocal at
+        values = struct.unpack_from("<" + form, data, at)
+        at += struct.calcsize("<" + form)
+        return values[0] if len(values) == 1 else values
+
+    def text():
+        return take(f"{take('Q')}s").decode()
+
+    magic, version, num_tensors, num_pairs = take("4sIQQ")
+    assert (magic, version) == (b"GGUF", 3)
+    kinds = {4: lambda: take("I"), 6: lambda: take("f"), 8: text}
+    pairs = {text(): kinds[take("I")]() for _ in range(num_pairs)}
+    places = {}
+    for _ in range(num_tensors):
+        name, dims = text(), take("I")
+        places[name] = [take("Q") for _ in range(dims)], take("I"), take("Q")
+    base, tensors = -(-at // 32) * 32, {}
+    for name, (shape, kind, offset) in places.items():
+        assert offset % 32 == 0
+        dtype = {0: torch.float32, 30: torch.bfloat16}[kind]
+        tensors[name] = torch.frombuffer(bytearray(data), dtype=dtype, count=int(np.prod(shape)),
+                                         offset=base + offset).view(*reversed(shape))
+    return pairs, tensors
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gguf_holds_the_checkpoint(tmp_path, dtype):
+    from safetensors.torch import load_file
+    folder = ROOT / "nanovllm" / "demo_model"
+    to_gguf.write_gguf(folder, tmp_path / "model.gguf", dtype)
+    pairs, tensors = read_gguf(tmp_path / "model.gguf")
+    config, want = json.loads((folder / "config.json").read_text()), {}
+    for file in folder.glob("*.safetensors"):
+        want.update(load_file(file))
+    assert pairs["general.architecture"] == "qwen3"
+    assert pairs["qwen3.block_count"] == config["num_hidden_layers"]
+    assert pairs["qwen3.attention.head_count_kv"] == config["num_key_value_heads"]
+    sources = {name: source for name, (source, _) in to_gguf.tensor_shapes(config).items()}
+    assert set(tensors) == set(sources) and set(sources.values()) == set(want)
+    for name, source in sources.items():
+        kept = torch.float32 if want[source].dim() == 1 else getattr(torch, dtype)
+        assert torch.equal(tensors[name], want[source].to(kept)), name  # torch rounds as it should
+
+
+def test_gguf_with_random_weights_needs_no_weights_and_other_models_are_refused(tmp_path):
+    folder = bench.make_model_folder("qwen3-0.6b", tmp_path, layers=1)
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 64}
+    (folder / "config.json").write_text(json.dumps(config))
+    to_gguf.write_gguf(folder, tmp_path / "model.gguf", "bfloat16", is_random=True)
+    tensors = read_gguf(tmp_path / "model.gguf")[1]
+    assert "output.weight" not in tensors                              # tied
+    assert tensors["blk.0.ffn_up.weight"].float().std() == pytest.approx(0.02, rel=0.01)
+    assert (tensors["output_norm.weight"] == 1).all()
+    llama = bench.make_model_folder("llama-3.2-1b", tmp_path)
+    with pytest.raises(ValueError, match="only Qwen3ForCausalLM"):
+        to_gguf.write_gguf(llama, tmp_path / "none.gguf", "bfloat16", is_random=True)
+    assert not (tmp_path / "none.gguf").exists()
+
+
+# -----------------------------------------------------------------------------------------------
 # The command line
 # -----------------------------------------------------------------------------------------------
 
@@ -166,11 +256,15 @@ def test_drift_is_the_farthest_stray_after_settling():
     (["--config", "hf:enforce_eager=True"], "two engines called 'hf'"),
     (["--engines", "llama"], "invalid choice: 'llama'"),
     (["--engines", "nano-vllm"], "--nano-vllm"),
+    (["--engines", "llama-cpp"], "--llama-python"),
+    (["--vllm-config", "eager"], "is not NAME:KEY=VALUE"),
+    (["--vllm-config", "eager:enforce_eager=True"], "--vllm-python"),
     (["--scale", "0"], "--scale must be more than 0"),
     (["--soak", "-1"], "--soak must be more than 0"),
     (["--model", "no-such-folder"], "no-such-folder holds no config.json"),
     (["--model", ".", "--shape", "qwen3-4b"], "not both"),
     (["--requests", "1"], "--requests must be at least 2"),
+    (["--requests", "8", "1"], "--requests must be at least 2"),
 ])
 def test_a_bad_option_is_refused_before_anything_runs(args, complaint, capsys):
     with pytest.raises(SystemExit) as stopped:
@@ -192,5 +286,5 @@ def test_help_names_the_options():
     shown = subprocess.run([sys.executable, str(ROOT / "bench.py"), "--help"], text=True,
                            capture_output=True, check=True).stdout
     for option in ("--engines", "--workload", "--shape", "--ablate", "--soak", "--json", "--plot",
-                   "--config", "--vllm-python"):
+                   "--config", "--vllm-python", "--vllm-config", "--llama-python"):
         assert option in shown

@@ -144,7 +144,9 @@ def allocate_parameters(model: nn.Module, device: torch.device | str) -> nn.Modu
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 if parameter not in made:
-                    made[parameter] = nn.Parameter(torch.empty_like(parameter, device=device))
+                    # not empty_like: of a meta tensor, that imports sympy, a quarter of a second
+                    made[parameter] = nn.Parameter(torch.empty(
+                        parameter.shape, dtype=parameter.dtype, device=device))
                 setattr(module, name, made[parameter])
     return model.to(device)
 
