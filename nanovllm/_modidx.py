@@ -262,6 +262,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                             'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.pack_step': ( 'parallel.html#pack_step',
                                                                                           'nanovllm/engine/model_runner.py'),
+                                              'nanovllm.engine.model_runner.pages_of_zeros': ( 'scheduler.html#pages_of_zeros',
+                                                                                               'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.rank_device': ( 'parallel.html#rank_device',
                                                                                             'nanovllm/engine/model_runner.py'),
                                               'nanovllm.engine.model_runner.resolve_device': ( 'scheduler.html#resolve_device',

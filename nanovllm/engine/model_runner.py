@@ -4,13 +4,14 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "CPU_CACHE_BYTES", "DTYPES", "MODEL_OPTIMIZERS", "RUNNERS", "resolve_device", "resolve_dtype",
-    "BlockTables", "ModelRunner", "get_runner_class", "graph_sizes", "StaticInputs", "EagerGraph",
-    "GraphModelRunner", "pack_step", "unpack_step", "ParallelModelRunner", "rank_device",
-    "TensorParallelRunner",
+    "BlockTables", "ModelRunner", "pages_of_zeros", "get_runner_class", "graph_sizes",
+    "StaticInputs", "EagerGraph", "GraphModelRunner", "pack_step", "unpack_step",
+    "ParallelModelRunner", "rank_device", "TensorParallelRunner",
 ]
 
 import dataclasses
 import importlib.util
+import mmap
 import os
 import sys
 import threading
@@ -203,8 +204,8 @@ class ModelRunner:
                              f"bytes do not fit into {self._free_memory():,}; choose fewer, or -1")
         whole = (2, len(layers), self.num_blocks, *shape)
         if self.device.type == "cpu":
-            pages = np.zeros(torch.Size(whole).numel() * self.dtype.itemsize, dtype=np.uint8)
-            self.kv_cache = torch.from_numpy(pages).view(self.dtype).view(whole)
+            pages = pages_of_zeros(torch.Size(whole).numel() * self.dtype.itemsize)
+            self.kv_cache = pages.view(self.dtype).view(whole)
         else:
             self.kv_cache = torch.zeros(whole, dtype=self.dtype, device=self.device)
         for layer, k_cache, v_cache in zip(layers, *self.kv_cache):
@@ -290,6 +291,16 @@ class ModelRunner:
         nothing = Context(cu_seqlens_q=torch.zeros(1, dtype=torch.int32), max_seqlen_q=0,
                           context_lens=none, slot_mapping=none, block_tables=none.view(0, 0))
         return self.execute(none, none, nothing, tokens)
+
+
+def pages_of_zeros(nbytes: int) -> torch.Tensor:
+    """uint8 memory of the CPU that reads as zero, and is taken only where it is written to."""
+    pages = mmap.mmap(-1, nbytes)
+    try:
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    except (AttributeError, OSError):
+        pass                           # a system without huge pages
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 RUNNERS = {"single": ModelRunner}  # a later day enters "parallel": a model split over devices
