@@ -110,8 +110,8 @@ for parts in (1, 4):
     out = paged_decode(q, *caches, tables, lens, .1, parts)
 heads = torch.randn(9, 16, 64, device="cuda", dtype=torch.bfloat16)
 cos_sin = torch.randn(9, 2, 32, device="cuda")
-norm_rope_store_(heads, torch.arange(9, device="cuda"), cos_sin, torch.rand_like(heads[0, :2]), 1e-6,
-                 *caches, slots)
+norm_rope_store_(heads, torch.arange(9, device="cuda"), cos_sin, torch.rand_like(heads[0, :2]),
+                 1e-6, *caches, slots)
 x, weight = torch.randn(1, 200, device="cuda"), torch.randn(94, 200, device="cuda")
 one_row_linear(x, weight, x[0], 1e-6, gated=True)
 one_row_linear(x, weight, residual=torch.zeros(1, 94, device="cuda"))
@@ -253,8 +253,8 @@ def bench_small(out: Path) -> dict:
 
 def bench_without(out: Path) -> dict:
     """Fewer of them, with CUDA Graphs, prefix cache and Triton switched off in turn."""
-    return bench(out, "without", "--shape", "qwen3-0.6b", "--scale", "0.4", "--runs", "1", "--limit",
-                 "25", "--engines", "nanovllm", "--workload", "nano-vllm", "shared-prefix",
+    return bench(out, "without", "--shape", "qwen3-0.6b", "--scale", "0.4", "--runs", "1",
+                 "--limit", "25", "--engines", "nanovllm", "--workload", "nano-vllm", "shared-prefix",
                  "--config", "no graphs:enforce_eager=True",
                  "--config", "no prefix cache:enable_prefix_caching=False",
                  "--config", "no triton:attention_backend=sdpa")
@@ -373,7 +373,8 @@ def trace(llm, path: Path, title: str) -> float:
     talk = sum(length for _, length, is_talk in events if is_talk)
     work = sum(length for _, length, is_talk in events if not is_talk)
     fig, ax = plt.subplots(figsize=(8.4, 1.8), layout="constrained")
-    for is_talk, color, label in ((False, "#3b78b5", "compute"), (True, "#e08a2c", "sums over ranks")):
+    for is_talk, color, label in ((False, "#3b78b5", "compute"),
+                                  (True, "#e08a2c", "sums over ranks")):
         ax.broken_barh([(s - start, n) for s, n, t in events if t is is_talk], (0, 1), color=color,
                        label=label)
     middle = (start + end) / 2 - start

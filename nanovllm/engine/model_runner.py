@@ -518,7 +518,7 @@ class GraphModelRunner(ModelRunner):
         return max(0, first) + max(0, second) * (len(sizes) - 1)
 
     def collect(self, tokens: torch.Tensor, batch: list[ScheduledRow], scheduler) -> list[int]:
-        """The tokens [S] that were sampled for this batch. While they come, the next step starts."""
+        """The tokens [S] that were sampled for this batch; meanwhile the next step starts."""
         with self._on_device():
             arriving = tokens.to("cpu", non_blocking=True)  # queued before what is launched now
             arrived = self._mark()

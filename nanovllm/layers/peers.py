@@ -31,7 +31,8 @@ def sum_add_rms_norm_kernel(addresses_ptr, meetings_ptr, residual_ptr, weight_pt
     flags = (tl.load(addresses_ptr + RANK) + flags_at).to(tl.pointer_type(tl.int64))
     for peer in tl.static_range(RANKS):
         if peer != RANK:
-            while tl.atomic_add(flags + row * RANKS + peer, 0, sem="acquire", scope="sys") < meeting:
+            flag = flags + row * RANKS + peer
+            while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < meeting:
                 pass
     here, at = lane < N, row * N + lane
     total = tl.zeros([WIDTH], tl.float32)
@@ -86,7 +87,7 @@ class PeerDecoder(FusedDecoder):
 
 
 def connect(model: nn.Module, peers: PeerMemory) -> nn.Module:
-    """Let a fused model's sums go by way of `peers`, where it has a sum after each part; the model."""
+    """Let a fused model's sums go by way of `peers`, if each part ends in one; the model."""
     parts = lambda layer: (layer.self_attn.o_proj, getattr(layer.mlp, "down_proj", None))
     if type(model.model) is FusedDecoder and type(
             model.model.embed_tokens) is VocabParallelEmbedding and all(
