@@ -254,7 +254,8 @@ def bench_small(out: Path) -> dict:
 def bench_without(out: Path) -> dict:
     """Fewer of them, with CUDA Graphs, prefix cache and Triton switched off in turn."""
     return bench(out, "without", "--shape", "qwen3-0.6b", "--scale", "0.4", "--runs", "1",
-                 "--limit", "25", "--engines", "nanovllm", "--workload", "nano-vllm", "shared-prefix",
+                 "--limit", "25", "--engines", "nanovllm",
+                 "--workload", "nano-vllm", "shared-prefix",
                  "--config", "no graphs:enforce_eager=True",
                  "--config", "no prefix cache:enable_prefix_caching=False",
                  "--config", "no triton:attention_backend=sdpa")
