@@ -41,11 +41,9 @@ class Ahead:
     lengths: list[int]                 # of their sequences, with the token that was still unknown
     logits: torch.Tensor | None        # [R, vocab]; on ranks that sample
 
-    def logits_of(self, batch: list[ScheduledRow]) -> torch.Tensor | None:
-        """Logits [S, vocab] of a batch, in its order, or None unless all of it was foreseen."""
+    def places_of(self, batch: list[ScheduledRow]) -> list[int] | None:
+        """Where the rows of a batch are in `logits`, or None unless all of it was foreseen."""
         known = {(id(row), length): i for i, (row, length) in enumerate(zip(self.rows,
                                                                             self.lengths))}
         places = [known.get((id(row), len(row.seq))) for row in batch]
-        if None in places:
-            return None
-        return self.logits if places == list(range(len(self.rows))) else self.logits[places]
+        return None if None in places else places

@@ -522,11 +522,24 @@ class GraphModelRunner(ModelRunner):
         with self._on_device():
             arriving = tokens.to("cpu", non_blocking=True)  # queued before what is launched now
             arrived = self._mark()
-            if self.looks_ahead and (places := foresee(scheduler, batch)):
-                chosen = tokens if len(places) == len(tokens) else tokens[places]
-                self._launch_ahead([scheduler.running[batch[i].seq] for i in places], chosen)
+            places = []
+            if self.looks_ahead:
+                with interrupt_afterwards():                # it takes blocks
+                    places = foresee(scheduler, batch)
+            if places:
+                rows = [scheduler.running[batch[i].seq] for i in places]
+                self._launch_ahead(rows, self._pick(tokens, places))
             self._wait_for(arrived)
         return arriving.tolist()
+
+    def _pick(self, x: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """These rows of x, without waiting for what the device still has to do."""
+        if places == list(range(len(x))):
+            return x
+        index = torch.tensor(places)
+        if self.device.type == "cuda":
+            index = index.pin_memory().to(self.device, non_blocking=True)
+        return x[index]
 
     def _mark(self):
         """What _wait_for can wait for: all that was launched so far."""
@@ -555,10 +568,11 @@ class GraphModelRunner(ModelRunner):
         """One step: the logits [S, vocab] of its rows; it may have been launched already."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
-            logits = ahead.logits_of(batch)
-            self.guesses[logits is not None] += 1
-            if logits is not None:
-                return logits
+            places = ahead.places_of(batch)
+            self.guesses[places is not None] += 1
+            if places is not None:
+                with self._on_device():
+                    return self._pick(ahead.logits, places)
         return ModelRunner.run(self, batch)
 
 
@@ -736,9 +750,11 @@ class TensorParallelRunner(ParallelModelRunner):
         NCCL is told to give up first, since a recording that is running cannot be thrown away; but
         it returns only once there are no recordings of its kernels: so it is told in a thread.
         """
-        leaving = threading.Thread(target=self.group.close)
+        peers, leaving = self.group.peers, threading.Thread(target=self.group.close)
         leaving.start()
         leaving.join(0.5)              # it has been told by then
+        if peers is not None:
+            peers.let_go()             # again: another rank may have come by, and lowered a flag
         self.recordings.clear()
         leaving.join()
 

@@ -33,12 +33,13 @@ def sum_add_rms_norm_kernel(addresses_ptr, meetings_ptr, residual_ptr, weight_pt
         if peer != RANK:
             flag = flags + row * RANKS + peer
             while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < meeting:
-                pass
+                pass                                    # adding 0: a load that orders what follows
     here, at = lane < N, row * N + lane
     total = tl.zeros([WIDTH], tl.float32)
     for peer in tl.static_range(RANKS):                 # in the same order on all ranks
         summands = (tl.load(addresses_ptr + peer) + summands_at).to(tl.pointer_type(dtype))
         summands = tl.multiple_of(summands, 16)
+        # volatile: from the other GPU, and not what some cache here remembers of it
         total += tl.load(summands + at, mask=here, other=0.0, volatile=True).to(tl.float32)
     total = total.to(dtype).to(tl.float32)              # rounded where an all_reduce would
     total += tl.load(residual_ptr + at, mask=here, other=0.0).to(tl.float32)
