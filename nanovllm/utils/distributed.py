@@ -143,7 +143,10 @@ class PeerMemory:
         return self.memory[start:start + rows * columns * dtype.itemsize].view(dtype).view(rows, -1)
 
     def let_go(self) -> None:
-        """Nobody here waits for another rank any longer, now or later: the group is broken."""
+        """Nobody here waits for another rank any longer: the group is broken.
+
+        A rank whose kernels still run may lower a flag again; then call this once more.
+        """
         flags = self.memory[3 * self.AREA:].view(torch.long).view_as(self.raised)
         with torch.cuda.stream(self.aside) if self.memory.is_cuda else nullcontext():
             flags.copy_(self.raised, non_blocking=True)  # past what is waiting in the other stream
