@@ -165,11 +165,11 @@ def get_attention_backend(name: str, device: torch.device, dtype: torch.dtype,
 def split_keys(rows: int, kv_heads: int, max_context_len: int, processors: int) -> int:
     """Parts for the keys of a row: a power of two that keeps all processors busy twice over.
 
-    A part has 128 keys or more where the longest row has so many, and there are 64 at the most.
+    A part has 64 keys or more where the longest row has so many, and there are 64 at the most.
     """
     wanted = 2 * processors / (rows * kv_heads)
     parts = 1
-    while parts < min(wanted, max_context_len / 128, 64):
+    while parts < min(wanted, max_context_len / 64, 64):
         parts *= 2
     return parts
 

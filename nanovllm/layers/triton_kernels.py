@@ -343,11 +343,12 @@ def norm_rope_store_(heads: torch.Tensor, positions: torch.Tensor, cos_sin: torc
         raise ValueError("norm_rope_store_: the last dimension must be contiguous")
     tokens, num_heads, head_dim = heads.shape
     num_k, half = k_slots.shape[1], head_dim // 2
-    norm_rope_store_kernel[tokens, triton.cdiv(num_heads, 8)](
+    each, warps = (1, 1) if tokens == 1 else (8, 2)     # heads of a program
+    norm_rope_store_kernel[tokens, triton.cdiv(num_heads, each)](
         heads, positions, cos_sin, heads if weights is None else weights, k_slots, v_slots,
         slot_mapping, eps, heads.stride(0), *k_slots.stride()[:2], *v_slots.stride()[:2],
-        NUM_Q=num_heads - 2 * num_k, NUM_K=num_k, HEADS=8, HALF=half,
-        WIDTH=triton.next_power_of_2(half), HAS_NORM=weights is not None, num_warps=2,
+        NUM_Q=num_heads - 2 * num_k, NUM_K=num_k, HEADS=each, HALF=half,
+        WIDTH=triton.next_power_of_2(half), HAS_NORM=weights is not None, num_warps=warps,
         **launch_settings(heads.device))
 
 
@@ -407,9 +408,12 @@ def one_row_linear(x: torch.Tensor, weight: torch.Tensor, norm_weight: torch.Ten
         raise ValueError(f"one_row_linear takes one row, not {len(x)}")
     n, k = weight.shape[0] // (1 + gated), weight.shape[1]
     out = x.new_empty(1, n) if residual is None else residual
-    tile, warps = (512, 2) if gated else (1024, 4)
-    one_row_linear_kernel[(triton.cdiv(n, 2),)](
-        x, x if norm_weight is None else norm_weight, weight, out, eps, n, k, BN=2, BK=tile,
+    if norm_weight is not None:
+        rows, tile, warps = 4, 256, 2           # more rows share x and what its norm takes
+    else:
+        rows, tile, warps = (2, 2048, 8) if n < 2048 else (2, 1024, 4)  # few programs: large ones
+    one_row_linear_kernel[(triton.cdiv(n, rows),)](
+        x, x if norm_weight is None else norm_weight, weight, out, eps, n, k, BN=rows, BK=tile,
         HAS_NORM=norm_weight is not None, GATED=gated, ADDS=residual is not None, num_warps=warps,
         **launch_settings(x.device))
     return out
