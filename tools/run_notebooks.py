@@ -5,7 +5,8 @@
     python tools/run_notebooks.py 3 nbs/05_*.ipynb    some of them, by day or by file
     python tools/run_notebooks.py --flags gpu         also the cells flagged `#| gpu`
     python tools/run_notebooks.py --flags gpu --only-flagged
-                                                      run all, store only what those cells show
+                                                      run those cells and the cells that they need,
+                                                      and store what those cells show
     python tools/run_notebooks.py --keep-going        store the outputs of all cells but those that
                                                       fail
 
@@ -17,8 +18,10 @@ that are stored already. A notebook that fails is not changed.
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
+import symtable
 import sys
 import time
 from configparser import ConfigParser
@@ -64,13 +67,59 @@ def select(names: list[str]) -> list[Path]:
     return chosen
 
 
+def free_names(source: str) -> set[str]:
+    """The global names that this piece of code mentions, also inside functions and classes."""
+    found, tables = set(), [symtable.symtable(source, "cell", "exec")]
+    while tables:
+        table = tables.pop()
+        found |= {symbol.get_name() for symbol in table.get_symbols()
+                  if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module")}
+        tables += table.get_children()
+    return found
+
+
+def names(source: str) -> tuple[set[str], set[str]]:
+    """The names that a cell leaves made or changed, and those that it needs from before."""
+    left, needs = set(), set()
+    for statement in ast.parse(source).body:
+        code = ast.unparse(statement)
+        here = {symbol.get_name() for symbol in
+                symtable.symtable(code, "cell", "exec").get_symbols()
+                if symbol.is_assigned() or symbol.is_imported()}
+        loops = {name.id for node in ast.walk(statement) if isinstance(node, (ast.For, ast.withitem))
+                 for name in ast.walk(node.target if isinstance(node, ast.For)
+                                      else node.optional_vars or ast.Pass())
+                 if isinstance(name, ast.Name)}
+        needs |= free_names(code) - left - loops
+        left |= here
+        for node in ast.walk(statement):         # thing[0] = …, thing.x = …, thing.update(…)
+            match node:
+                case (ast.Attribute(value=ast.Name(id=name), ctx=ast.Store())
+                      | ast.Subscript(value=ast.Name(id=name), ctx=ast.Store())
+                      | ast.Call(func=ast.Attribute(
+                          value=ast.Name(id=name), attr="append" | "update" | "setdefault"))):
+                    left.add(name)
+    return left, needs
+
+
+def needed(sources: list[str], wanted: set[int]) -> set[int]:
+    """The wanted cells, by number, and the cells before them that they stand on."""
+    needs, chosen = set(), set()
+    for i in reversed(range(len(sources))):
+        left, before = names(sources[i])
+        if i in wanted or left & needs:
+            chosen.add(i)
+            needs = needs - left | before        # a class that goes on needs itself
+    return chosen
+
+
 def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
             keeps_going: bool = False) -> list[str]:
     """Run the notebook at `path` and save its outputs; leaves out cells with a flag in `skip`.
 
-    With `store`, only cells with one of those flags get new outputs. Raises nbclient's
-    CellExecutionError, and saves nothing, when a cell fails; if it `keeps_going` the failed cells
-    have the outputs that they had, and the errors are returned.
+    With `store`, only cells with one of those flags run, with what they need, and they alone get
+    new outputs. Raises nbclient's CellExecutionError, and saves nothing, when a cell fails; if it
+    `keeps_going` the failed cells have the outputs that they had, and the errors are returned.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -79,12 +128,18 @@ def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
         """Leaves cells out by their flags; nbclient itself knows only tags."""
 
         async def async_execute_cell(self, cell, *args, **kwargs):
-            if cell.cell_type == "code" and directives(cell.source) & skip:
+            if cell.cell_type == "code" and (directives(cell.source) & skip
+                                             or cell.source not in to_run):
                 return cell
             return await super().async_execute_cell(cell, *args, **kwargs)
 
     notebook = nbformat.read(path, as_version=4)
     stored = [cell.get("outputs") for cell in notebook.cells]
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    to_run = set(sources)
+    if store is not None:
+        wanted = {i for i, source in enumerate(sources) if directives(source) & store}
+        to_run = {sources[i] for i in needed(sources, wanted)}
     Client(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
            allow_errors=keeps_going,
            extra_arguments=["--IPKernelApp.log_level=ERROR"],    # no advice about its ports
@@ -119,7 +174,8 @@ def main() -> int:
     parser.add_argument("--flags", nargs="+", default=[], metavar="FLAG",
                         help="run the cells with these flags too: gpu, weights")
     parser.add_argument("--only-flagged", action="store_true",
-                        help="store new outputs only for the cells with --flags")
+                        help="run the cells with --flags and what they need, and store new outputs "
+                             "for them alone")
     parser.add_argument("--keep-going", action="store_true",
                         help="after a cell that fails, run the others and store their outputs")
     parser.add_argument("--timeout", type=int, default=900, metavar="S",

@@ -93,16 +93,17 @@ def paged_decode_kernel(
         q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr, scale, q_row_stride,
         q_head_stride, block_stride, slot_stride, head_stride, table_stride, BS: tl.constexpr,
         D: tl.constexpr, WIDTH: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
-        KEYS: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
-    """One program: one row, one kv head with its GROUP query heads, one of PARTS parts of the keys.
+        KEYS: tl.constexpr, PDL: tl.constexpr):
+    """One program: one row, one kv head with its GROUP query heads, one of the parts of the keys.
 
-    out [R, Hkv * GROUP, PARTS, D] is the softmax over the part alone, and lse [R, Hkv * GROUP,
-    PARTS] the base-2 logarithm of its denominator. k and v: the cache, with the same strides.
+    out [R, Hkv * GROUP, parts, D] is the softmax over the part alone, and lse [R, Hkv * GROUP,
+    parts] the base-2 logarithm of its denominator. k and v: the cache, with the same strides.
     """
     wait_for_previous_kernel(PDL)
     row, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_heads, parts = tl.num_programs(1), tl.num_programs(2)
     length = tl.load(lens_ptr + row)
-    size = tl.cdiv(tl.cdiv(length, PARTS), KEYS) * KEYS     # keys of a part, in whole tiles
+    size = tl.cdiv(tl.cdiv(length, parts), KEYS) * KEYS     # keys of a part, in whole tiles
     first, last = part * size, tl.minimum(part * size + size, length)
     g, d = tl.arange(0, ROWS), tl.arange(0, WIDTH)          # powers of two, 16 at the least
     q_head, in_head = kv_head * GROUP + g, d < D
@@ -126,10 +127,9 @@ def paged_decode_kernel(
         total, best = total * shrink + tl.sum(weights, 1), new_best
     some = total > 0                                        # a part or a padded row may hold no key
     acc = acc / tl.where(some, total, 1.0)[:, None]
-    at = (row * tl.num_programs(1) * GROUP + q_head) * PARTS + part
-    if PARTS > 1:
-        lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
-        tl.store(lse_ptr + at, lse, mask=g < GROUP)
+    at = (row * kv_heads * GROUP + q_head) * parts + part
+    lse = tl.where(some, best + tl.log2(tl.where(some, total, 1.0)), -float("inf"))
+    tl.store(lse_ptr + at, lse, mask=g < GROUP)
     tl.store(out_ptr + at[:, None].to(tl.int64) * D + d, acc.to(out_ptr.dtype.element_ty),
              mask=(g < GROUP)[:, None] & in_head)
 
@@ -178,7 +178,7 @@ def paged_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
         q, k_cache, v_cache, block_tables, context_lens, partial, lse, scale * LOG2_E, q.stride(0),
         q.stride(1), *k_cache.stride()[:3], block_tables.stride(0), BS=k_cache.shape[1],
         D=head_dim, WIDTH=width, GROUP=group, ROWS=_width(group), KEYS=min(128, 8192 // width),
-        PARTS=parts, **settings)
+        **settings)
     if not whole:
         merge_parts_kernel[(rows * heads,)](partial, lse, out, D=head_dim,
                                             WIDTH=triton.next_power_of_2(head_dim), PARTS=parts,
