@@ -152,6 +152,8 @@ def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
         errors += [f"cell {cell.id}: {o.ename}: {o.evalue}" for o in failed]
         if failed or store is not None and not directives(cell.source) & store:
             cell.outputs = outputs
+        elif store is not None:                  # without progress bars and warnings
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     nbformat.write(notebook, path)
     return errors
 
