@@ -8,8 +8,9 @@
     python tools/gpu_run.py OUT --dry-run       only say what would run
 
 Each stage is a process of its own with a time limit, so that one that fails or hangs costs no
-other; those that measure no times come first and together. OUT gets results.json, a log of every stage, and pictures. It needs PyTorch with CUDA,
-Triton, transformers and matplotlib; the stage `notebooks` needs nbclient, ipykernel, fastcore too.
+other; those that measure no times come first and together. OUT gets results.json, a log of every
+stage, and pictures. It needs PyTorch with CUDA, Triton, transformers and matplotlib; the stage
+`notebooks` needs nbclient, ipykernel and fastcore too.
 """
 
 from __future__ import annotations
