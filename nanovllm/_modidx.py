@@ -408,6 +408,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                          'nanovllm/layers/cpu_kernels.py'),
                                              'nanovllm.layers.cpu_kernels.CPUBackend.decode': ( 'scheduler.html#cpubackend.decode',
                                                                                                 'nanovllm/layers/cpu_kernels.py'),
+                                             'nanovllm.layers.cpu_kernels.CPUBackend.prefill': ( 'scheduler.html#cpubackend.prefill',
+                                                                                                 'nanovllm/layers/cpu_kernels.py'),
                                              'nanovllm.layers.cpu_kernels.CPUBackend.store': ( 'scheduler.html#cpubackend.store',
                                                                                                'nanovllm/layers/cpu_kernels.py'),
                                              'nanovllm.layers.cpu_kernels.CPUBackend.why_not': ( 'scheduler.html#cpubackend.why_not',

@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "SMALL", "logger", "C_HEADER", "C_FLAGS", "C_TYPES", "C_DTYPES", "RMS_NORM_C", "SILU_C",
-    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "LAYERS_C", "C_SOURCE",
+    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "PREFILL_C", "LAYERS_C", "C_SOURCE",
     "C_SIGNATURES", "FUSED", "PackedLinear", "can_pack", "pack_linears", "compile_c",
     "FusedRMSNorm", "FusedSiluAndMul", "FusedRotaryEmbedding", "empty_in_huge_pages", "TiledLinear",
     "load_kernels", "CPUBackend", "CPUDecoder", "optimize_for_cpu",
@@ -265,10 +265,11 @@ static inline __m512 multiply_add(__m512 sum, const T *w, const T *x) {
 }
 #endif
 
-static inline __attribute__((always_inline)) void tile(
-        const int rows, T *out, const T *x, const T *w, const float *start, int64_t k, int64_t n,
-        const char *ahead, int64_t pace) {
+static inline __attribute__((always_inline)) void tile_of(
+        const int rows, float *out, int64_t n, const T *x, const T *w, const float *start,
+        int64_t k, const char *ahead, int64_t pace) {
     __m512 low[12], high[12];  // rows is a constant wherever this is put in: they are registers
+    const T *half = x + 6 * k;  // twelve addresses from two registers, or there are too few
     for (int r = 0; r < rows; r++)
         low[r] = _mm512_loadu_ps(start), high[r] = _mm512_loadu_ps(start + 16);
     for (int64_t i = 0; i < k; i += STEP) {
@@ -276,15 +277,23 @@ static inline __attribute__((always_inline)) void tile(
         _mm_prefetch(ahead, _MM_HINT_T0), _mm_prefetch(ahead + 64, _MM_HINT_T0);
         ahead += pace;
         for (int r = 0; r < rows; r++) {
-            low[r] = multiply_add(low[r], piece, x + r * k + i);
-            high[r] = multiply_add(high[r], piece + 16 * STEP, x + r * k + i);
+            const T *input = (r < 6 ? x : half) + r % 6 * k + i;
+            low[r] = multiply_add(low[r], piece, input);
+            high[r] = multiply_add(high[r], piece + 16 * STEP, input);
         }
     }
-    for (int r = 0; r < rows; r++) {
-        float sums[32];
-        _mm512_storeu_ps(sums, low[r]), _mm512_storeu_ps(sums + 16, high[r]);
-        #pragma omp simd
-        for (int j = 0; j < 32; j++) out[r * n + j] = narrow(sums[j]);
+    for (int r = 0; r < rows; r++)
+        _mm512_storeu_ps(out + r * n, low[r]), _mm512_storeu_ps(out + r * n + 16, high[r]);
+}
+
+// out [rows, 32] of rows of n floats = start + x [rows, k] times w [k/STEP, 32, STEP]; rows <= 12
+static __attribute__((noinline, noclone)) void tile(  // there once: compiling it takes a while
+        int64_t rows, float *out, int64_t n, const T *x, const T *w, const float *start, int64_t k,
+        const void *ahead, int64_t pace) {
+    #define CASE(R) case R: tile_of(R, out, n, x, w, start, k, ahead, pace); break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
     }
 }
 
@@ -295,18 +304,16 @@ void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t
     int64_t passes = (rows + 11) / 12, most = passes ? (rows + passes - 1) / passes : 0;
     #pragma omp parallel for num_threads(threads) if (rows * k * n > 65536)
     for (int64_t j = 0; j < n; j += 32) {
-        float start[32] = {0};
+        float start[32] = {0}, sums[12 * 32];
         if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
         const T *ahead = w + j * k + 4096 / sizeof(T);  // what to ask memory for, long before
         if (passes > 1) ahead = w + (j + 32) * k;       // the next tile, a part in each pass
         for (int64_t r = 0; r < rows; r += most, ahead += k * 32 / passes) {
-            #define CASE(R) case R: \
-                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n, \
-                     (const char *)ahead, 128 / passes); break;
-            switch (rows - r < most ? rows - r : most) {
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-            }
+            int64_t count = rows - r < most ? rows - r : most;
+            tile(count, sums, 32, x + r * k, w + j * k, start, k, ahead, 128 / passes);
+            for (int64_t i = 0; i < count; i++)
+                #pragma omp simd
+                for (int c = 0; c < 32; c++) out[(r + i) * n + j + c] = narrow(sums[i * 32 + c]);
         }
     }
 }
@@ -436,6 +443,108 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
 }
 """
 
+PREFILL_C = r"""
+#if defined(STEP) && D % 2 == 0  // where there is a `tile`
+enum { KEYS = 256, ROWS = 384, WIDE = (D + 31) / 32 * 32 };  // of a block, of a task; D in tiles
+
+// Keys and values first to last, KEYS at most, as tiles of a weight: keys [KEYS/32, D/STEP, 32,
+// STEP] and values [WIDE/32, KEYS/STEP, 32, STEP].
+static void pack(T *keys, T *values, const T *k_cache, const T *v_cache, const int32_t *table,
+                 int64_t first, int64_t last, int64_t slot_size, int64_t block_size) {
+    #define PLACE(t) ((table[(t) / block_size] * block_size + (t) % block_size) * slot_size)
+    int64_t count = last - first < KEYS ? (last - first + 31) / 32 * 32 : KEYS;
+    for (int64_t t = 0; t < count; t += STEP) {
+        const T *value[STEP];
+        for (int s = 0; s < STEP; s++) {
+            int64_t key = first + t + s, later = key + 16;
+            int64_t place = PLACE(key < last ? key : last - 1);  // the last tile is filled up
+            if (later < last)
+                ask_for(k_cache + PLACE(later), D), ask_for(v_cache + PLACE(later), D);
+            T *to = keys + t / 32 * 32 * D + (t % 32 + s) * STEP;
+            for (int i = 0; i < D; i += STEP) memcpy(to + i * 32, k_cache + place + i, 4);
+            value[s] = v_cache + place;
+        }
+        for (int j = 0; j < D; j += 32)
+            for (int i = 0; i < 32 && j + i < D; i++)
+                for (int s = 0; s < STEP; s++)
+                    values[j * KEYS + t * 32 + i * STEP + s] = value[s][j + i];
+    }
+}
+
+// A row's weights from its scores, of which it may see so many. What it summed up before shrinks
+// to the part that is returned, for the running maximum may have grown.
+static float soften(T *weight, const float *score, int64_t visible, int64_t width, float scale,
+                    float *top, float *total) {
+    float high = *top, sum = 0;
+    #pragma omp simd reduction(max:high)
+    for (int64_t t = 0; t < visible; t++) high = score[t] > high ? score[t] : high;
+    #pragma omp simd reduction(+:sum)
+    for (int64_t t = 0; t < visible; t++) {
+        float e = exponential((score[t] - high) * scale);
+        weight[t] = narrow(e), sum += e;
+    }
+    for (int64_t t = visible < 0 ? 0 : visible; t < width; t++) weight[t] = 0;
+    float fade = exponential((*top - high) * scale);
+    *top = high, *total = *total * fade + sum;
+    return fade;
+}
+
+void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
+                   int64_t n, int64_t length, int64_t heads, int64_t kv_heads, int64_t block_size,
+                   float scale, int64_t threads) {
+    int64_t group = heads / kv_heads, most = group < ROWS ? ROWS / group : 1;
+    int64_t chunks = (n + most - 1) / most, work = n * length * heads * D;
+    #pragma omp parallel for num_threads(threads) schedule(dynamic) if (work > 65536)
+    for (int64_t task = chunks * kv_heads - 1; task >= 0; task--) {  // the longest first
+        int64_t kv_head = task % kv_heads, begin = task / kv_heads * most;
+        int64_t end = begin + most < n ? begin + most : n, rows = (end - begin) * group;
+        int64_t before = length - n + begin, last = length - n + end;
+        float *sum = malloc((rows * (D + WIDE + 2) + KEYS * (D + WIDE)) * sizeof(float));
+        float *top = sum + rows * WIDE, *total = top + rows;
+        T *keys = (T *)(total + rows), *values = keys + KEYS * D, *query = values + KEYS * WIDE;
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t head = (begin + r / group) * heads + kv_head * group + r % group;
+            memcpy(query + r * D, q + head * D, D * sizeof(T));
+            for (int i = 0; i < WIDE; i++) sum[r * WIDE + i] = 0;
+            top[r] = -INFINITY, total[r] = 0;
+        }
+        for (int64_t first = 0; first < last; first += KEYS) {
+            pack(keys, values, k_cache + kv_head * D, v_cache + kv_head * D, table, first, last,
+                 kv_heads * D, block_size);
+            for (int64_t r = 0; r < rows; r += 12) {
+                float zero[32] = {0}, score[12 * KEYS], part[12 * 32], fade[12];
+                T weight[12 * KEYS];
+                int64_t some = rows - r < 12 ? rows - r : 12;
+                #define VISIBLE(r) (before + (r) / group + 1 - first)  // keys of this block
+                int64_t width = (VISIBLE(r + some - 1) + 31) / 32 * 32;
+                if (width > KEYS) width = KEYS;
+                if (width <= 0) continue;
+                for (int64_t t = 0; t < width; t += 32)
+                    tile(some, score + t, KEYS, query + r * D, keys + t * D, zero, D, query, 0);
+                for (int64_t i = 0; i < some; i++) {
+                    int64_t visible = VISIBLE(r + i) < KEYS ? VISIBLE(r + i) : KEYS;
+                    fade[i] = soften(weight + i * width, score + i * KEYS, visible, width, scale,
+                                     top + r + i, total + r + i);
+                }
+                for (int64_t j = 0; j < D; j += 32) {
+                    tile(some, part, 32, weight, values + j * KEYS, zero, width, query, 0);
+                    for (int64_t i = 0; i < some; i++) {
+                        float *to = sum + (r + i) * WIDE + j;
+                        for (int c = 0; c < 32; c++) to[c] = to[c] * fade[i] + part[i * 32 + c];
+                    }
+                }
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            int64_t head = (begin + r / group) * heads + kv_head * group + r % group;
+            for (int i = 0; i < D; i++) out[head * D + i] = narrow(sum[r * WIDE + i] / total[r]);
+        }
+        free(sum);
+    }
+}
+#endif
+"""
+
 LAYERS_C = r"""
 #ifdef STEP  // where there is a `linear`
 typedef struct {  // where a layer's tensors are; NULL for a norm or a bias that it does not have
@@ -484,11 +593,11 @@ void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
 #endif
 """
 
-C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + LAYERS_C
+C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + PREFILL_C + LAYERS_C
 # function:arguments, each a pointer, an integer or a float
 C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiii "
-                "paged_decode:ppppppiiiiifi linear:ppppiiii linear_step: "
-                "decode_layers:ppppppppiiiiiiiiffi")
+                "paged_decode:ppppppiiiiifi paged_prefill:pppppiiiiifi linear:ppppiiii "
+                "linear_step: decode_layers:ppppppppiiiiiiiiffi")
 
 
 @cache
@@ -507,7 +616,7 @@ def load_kernels(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
 
 
 class CPUBackend(SDPABackend):
-    """Paged attention on a CPU: decode reads keys and values where they lie; prefill as SDPA."""
+    """Paged attention on a CPU: the kernels follow the block table themselves."""
     name = "cpu"
 
     @classmethod
@@ -534,6 +643,20 @@ class CPUBackend(SDPABackend):
             out.data_ptr(), q.data_ptr(), layer.k_cache.data_ptr(), layer.v_cache.data_ptr(),
             context.block_tables.data_ptr(), context.context_lens.data_ptr(), rows,
             context.block_tables.shape[1], heads, kv_heads, block_size, layer.scale,
+            torch.get_num_threads())
+        return out
+
+    def prefill(self, layer: Attention, q: torch.Tensor, block_table: torch.Tensor,
+                context_len: int) -> torch.Tensor:
+        kernels = load_kernels(q.dtype, q.shape[2])
+        if not hasattr(kernels, "paged_prefill"):
+            return super().prefill(layer, q, block_table, context_len)
+        (n, heads, _), q = q.shape, q.contiguous()
+        _, block_size, kv_heads, _ = layer.k_cache.shape
+        out = torch.empty_like(q)
+        kernels.paged_prefill(
+            out.data_ptr(), q.data_ptr(), layer.k_cache.data_ptr(), layer.v_cache.data_ptr(),
+            block_table.data_ptr(), n, context_len, heads, kv_heads, block_size, layer.scale,
             torch.get_num_threads())
         return out
 
