@@ -361,7 +361,9 @@ class TiledLinear(nn.Module):
 
 STORE_C = r"""
 void store_kvcache(T *k_cache, T *v_cache, const T *k, const T *v, const int32_t *slots,
-                   int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride) {
+                   int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride,
+                   int64_t threads) {
+    #pragma omp parallel for num_threads(threads) if (tokens * n > 65536)
     for (int64_t t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;  // a padded row's
         memcpy(k_cache + slots[t] * n, k + t * k_stride, n * sizeof(T));
@@ -445,24 +447,23 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
 
 PREFILL_C = r"""
 #if defined(STEP) && D % 2 == 0  // where there is a `tile`
-enum { KEYS = 256, ROWS = 384, WIDE = (D + 31) / 32 * 32 };  // of a block, of a task; D in tiles
+enum { KEYS = 256, ROWS = 384, WIDE = (D + 31) / 32 * 32 };  // of a block; of a task; D in tiles
 
-// Keys and values first to last, KEYS at most, as tiles of a weight: keys [KEYS/32, D/STEP, 32,
-// STEP] and values [WIDE/32, KEYS/STEP, 32, STEP].
+// Keys and values first to last, KEYS at most, as the tiles of weights: keys [KEYS/32, D/STEP, 32,
+// STEP] and values [WIDE/32, KEYS/STEP, 32, STEP]. What is left of the last tile repeats a key.
 static void pack(T *keys, T *values, const T *k_cache, const T *v_cache, const int32_t *table,
                  int64_t first, int64_t last, int64_t slot_size, int64_t block_size) {
-    #define PLACE(t) ((table[(t) / block_size] * block_size + (t) % block_size) * slot_size)
+    #define AT(t) ((table[(t) / block_size] * block_size + (t) % block_size) * slot_size)
     int64_t count = last - first < KEYS ? (last - first + 31) / 32 * 32 : KEYS;
     for (int64_t t = 0; t < count; t += STEP) {
         const T *value[STEP];
         for (int s = 0; s < STEP; s++) {
-            int64_t key = first + t + s, later = key + 16;
-            int64_t place = PLACE(key < last ? key : last - 1);  // the last tile is filled up
-            if (later < last)
-                ask_for(k_cache + PLACE(later), D), ask_for(v_cache + PLACE(later), D);
+            int64_t key = first + t + s, at = AT(key < last ? key : last - 1);
+            if (key + 16 < last)
+                ask_for(k_cache + AT(key + 16), D), ask_for(v_cache + AT(key + 16), D);
             T *to = keys + t / 32 * 32 * D + (t % 32 + s) * STEP;
-            for (int i = 0; i < D; i += STEP) memcpy(to + i * 32, k_cache + place + i, 4);
-            value[s] = v_cache + place;
+            for (int i = 0; i < D; i += STEP) memcpy(to + i * 32, k_cache + at + i, 4);
+            value[s] = v_cache + at;
         }
         for (int j = 0; j < D; j += 32)
             for (int i = 0; i < 32 && j + i < D; i++)
@@ -471,22 +472,48 @@ static void pack(T *keys, T *values, const T *k_cache, const T *v_cache, const i
     }
 }
 
-// A row's weights from its scores, of which it may see so many. What it summed up before shrinks
-// to the part that is returned, for the running maximum may have grown.
-static float soften(T *weight, const float *score, int64_t visible, int64_t width, float scale,
+// A row's weights from its scores, of which it may see so many. Returns what part remains of its
+// sums so far, for its maximum may have grown.
+static float soften(T *weight, float *score, int64_t visible, int64_t width, float scale,
                     float *top, float *total) {
     float high = *top, sum = 0;
+    for (int64_t t = visible < 0 ? 0 : visible; t < width; t++) score[t] = -INFINITY;
     #pragma omp simd reduction(max:high)
-    for (int64_t t = 0; t < visible; t++) high = score[t] > high ? score[t] : high;
+    for (int64_t t = 0; t < width; t++) high = score[t] > high ? score[t] : high;
     #pragma omp simd reduction(+:sum)
-    for (int64_t t = 0; t < visible; t++) {
+    for (int64_t t = 0; t < width; t++) {
         float e = exponential((score[t] - high) * scale);
         weight[t] = narrow(e), sum += e;
     }
-    for (int64_t t = visible < 0 ? 0 : visible; t < width; t++) weight[t] = 0;
-    float fade = exponential((*top - high) * scale);
-    *top = high, *total = *total * fade + sum;
-    return fade;
+    float remains = exponential((*top - high) * scale);
+    *top = high, *total = *total * remains + sum;
+    return remains;
+}
+
+// A packed block's share of the sums [rows, WIDE]; the first query sees so many of its keys, and
+// each of the next, `group` rows further on, one more.
+static void attend_block(float *sum, float *top, float *total, const T *query, const T *keys,
+                         const T *values, int64_t rows, int64_t group, int64_t visible,
+                         float scale) {
+    float zero[32] = {0}, score[12 * KEYS], part[12 * 32], remains[12];
+    T weight[12 * KEYS];
+    for (int64_t r = 0; r < rows; r += 12) {
+        int64_t some = rows - r < 12 ? rows - r : 12, most = visible + (r + some - 1) / group;
+        int64_t width = most < KEYS ? (most + 31) / 32 * 32 : KEYS;  // tiles that a row sees
+        if (width <= 0) continue;
+        for (int64_t t = 0; t < width; t += 32)
+            tile(some, score + t, KEYS, query + r * D, keys + t * D, zero, D, query, 0);
+        for (int64_t i = 0; i < some; i++)
+            remains[i] = soften(weight + i * width, score + i * KEYS, visible + (r + i) / group,
+                                width, scale, top + r + i, total + r + i);
+        for (int64_t j = 0; j < D; j += 32) {
+            tile(some, part, 32, weight, values + j * KEYS, zero, width, query, 0);
+            for (int64_t i = 0; i < some; i++) {
+                float *to = sum + (r + i) * WIDE + j;
+                for (int c = 0; c < 32; c++) to[c] = to[c] * remains[i] + part[i * 32 + c];
+            }
+        }
+    }
 }
 
 void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
@@ -502,43 +529,21 @@ void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const
         float *sum = malloc((rows * (D + WIDE + 2) + KEYS * (D + WIDE)) * sizeof(float));
         float *top = sum + rows * WIDE, *total = top + rows;
         T *keys = (T *)(total + rows), *values = keys + KEYS * D, *query = values + KEYS * WIDE;
+        #define HEAD(r) ((begin + (r) / group) * heads + kv_head * group + (r) % group)
         for (int64_t r = 0; r < rows; r++) {
-            int64_t head = (begin + r / group) * heads + kv_head * group + r % group;
-            memcpy(query + r * D, q + head * D, D * sizeof(T));
+            memcpy(query + r * D, q + HEAD(r) * D, D * sizeof(T));
             for (int i = 0; i < WIDE; i++) sum[r * WIDE + i] = 0;
             top[r] = -INFINITY, total[r] = 0;
         }
         for (int64_t first = 0; first < last; first += KEYS) {
             pack(keys, values, k_cache + kv_head * D, v_cache + kv_head * D, table, first, last,
                  kv_heads * D, block_size);
-            for (int64_t r = 0; r < rows; r += 12) {
-                float zero[32] = {0}, score[12 * KEYS], part[12 * 32], fade[12];
-                T weight[12 * KEYS];
-                int64_t some = rows - r < 12 ? rows - r : 12;
-                #define VISIBLE(r) (before + (r) / group + 1 - first)  // keys of this block
-                int64_t width = (VISIBLE(r + some - 1) + 31) / 32 * 32;
-                if (width > KEYS) width = KEYS;
-                if (width <= 0) continue;
-                for (int64_t t = 0; t < width; t += 32)
-                    tile(some, score + t, KEYS, query + r * D, keys + t * D, zero, D, query, 0);
-                for (int64_t i = 0; i < some; i++) {
-                    int64_t visible = VISIBLE(r + i) < KEYS ? VISIBLE(r + i) : KEYS;
-                    fade[i] = soften(weight + i * width, score + i * KEYS, visible, width, scale,
-                                     top + r + i, total + r + i);
-                }
-                for (int64_t j = 0; j < D; j += 32) {
-                    tile(some, part, 32, weight, values + j * KEYS, zero, width, query, 0);
-                    for (int64_t i = 0; i < some; i++) {
-                        float *to = sum + (r + i) * WIDE + j;
-                        for (int c = 0; c < 32; c++) to[c] = to[c] * fade[i] + part[i * 32 + c];
-                    }
-                }
-            }
+            attend_block(sum, top, total, query, keys, values, rows, group, before + 1 - first,
+                         scale);
         }
-        for (int64_t r = 0; r < rows; r++) {
-            int64_t head = (begin + r / group) * heads + kv_head * group + r % group;
-            for (int i = 0; i < D; i++) out[head * D + i] = narrow(sum[r * WIDE + i] / total[r]);
-        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int i = 0; i < D; i++)
+                out[HEAD(r) * D + i] = narrow(sum[r * WIDE + i] / total[r]);
         free(sum);
     }
 }
@@ -578,7 +583,7 @@ void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
             rope(q, k, qkv, qkv + q_size, rope_table, positions, rows, heads, kv_heads, D, all, all,
                  threads);
         store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, rows, kv_size,
-                      kv_size, all);
+                      kv_size, all, threads);
         paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, rows, width, heads, kv_heads,
                      block_size, scale, threads);
         linear(normed, o, a->o, a->o_bias, rows, q_size, hidden, threads);
@@ -595,7 +600,7 @@ void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
 
 C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + PREFILL_C + LAYERS_C
 # function:arguments, each a pointer, an integer or a float
-C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiii "
+C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiiii "
                 "paged_decode:ppppppiiiiifi paged_prefill:pppppiiiiifi linear:ppppiiii "
                 "linear_step: decode_layers:ppppppppiiiiiiiiffi")
 
@@ -633,7 +638,7 @@ class CPUBackend(SDPABackend):
         k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (k, v))
         kernels.store_kvcache(layer.k_cache.data_ptr(), layer.v_cache.data_ptr(), k.data_ptr(),
                               v.data_ptr(), context.slot_mapping.data_ptr(), len(k), width,
-                              k.stride(0), v.stride(0))
+                              k.stride(0), v.stride(0), torch.get_num_threads())
 
     def decode(self, layer: Attention, q: torch.Tensor, context: Context) -> torch.Tensor:
         (rows, heads, n), q = q.shape, q.contiguous()
