@@ -551,48 +551,53 @@ void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const
 """
 
 LAYERS_C = r"""
-#ifdef STEP  // where there is a `linear`
+#if defined(STEP) && D % 2 == 0  // where there are `linear` and `paged_prefill`
 typedef struct {  // where a layer's tensors are; NULL for a norm or a bias that it does not have
     T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm;
     T *gate_up, *gate_up_bias, *down, *down_bias, *k_cache, *v_cache;
 } layer;
 
-static void add(T *out, const T *x, int64_t n) {
-    #pragma omp simd
+static void add(T *out, const T *x, int64_t n, int64_t threads) {
+    #pragma omp parallel for simd num_threads(threads) if (n > 65536)
     for (int64_t i = 0; i < n; i++) out[i] = narrow(load(out[i]) + load(x[i]));
 }
 
-void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
-                   const int32_t *positions, const int32_t *slots, const int32_t *tables,
-                   const int32_t *lengths, int64_t layers, int64_t rows, int64_t width,
-                   int64_t hidden, int64_t heads, int64_t kv_heads, int64_t inner,
-                   int64_t block_size, float eps, float scale, int64_t threads) {
+void run_layers(T *x, T *space, const layer *a, const float *rope_table, const int32_t *positions,
+                const int32_t *slots, const int32_t *tables, const int32_t *starts,
+                const int32_t *lengths, int64_t layers, int64_t tokens, int64_t rows,
+                int64_t decode_rows, int64_t width, int64_t hidden, int64_t heads,
+                int64_t kv_heads, int64_t inner, int64_t block_size, float eps, float scale,
+                int64_t threads) {
     int64_t q_size = heads * D, kv_size = kv_heads * D, all = q_size + 2 * kv_size;
-    T *normed = space, *qkv = normed + rows * hidden, *q = qkv + rows * all;
-    T *k = q + rows * q_size, *o = k + rows * kv_size, *gates = o + rows * q_size;
-    T *gated = gates + rows * 2 * inner;
+    T *normed = space, *qkv = normed + tokens * hidden, *q = qkv + tokens * all;
+    T *k = q + tokens * q_size, *o = k + tokens * kv_size;
+    T *gates = qkv, *gated = gates + tokens * 2 * inner;  // where attention's tensors were
     for (const layer *end = a + layers; a < end; a++) {
-        rms_norm(normed, x, a->input_norm, rows, 1, hidden, hidden, eps, threads);
-        linear(qkv, normed, a->qkv, a->qkv_bias, rows, hidden, all, threads);
+        rms_norm(normed, x, a->input_norm, tokens, 1, hidden, hidden, eps, threads);
+        linear(qkv, normed, a->qkv, a->qkv_bias, tokens, hidden, all, threads);
         if (a->q_norm) {
-            rms_norm(q, qkv, a->q_norm, rows, heads, all, D, eps, threads);
-            rms_norm(k, qkv + q_size, a->k_norm, rows, kv_heads, all, D, eps, threads);
-            rope(q, k, q, k, rope_table, positions, rows, heads, kv_heads, D, q_size, kv_size,
+            rms_norm(q, qkv, a->q_norm, tokens, heads, all, D, eps, threads);
+            rms_norm(k, qkv + q_size, a->k_norm, tokens, kv_heads, all, D, eps, threads);
+            rope(q, k, q, k, rope_table, positions, tokens, heads, kv_heads, D, q_size, kv_size,
                  threads);
         } else
-            rope(q, k, qkv, qkv + q_size, rope_table, positions, rows, heads, kv_heads, D, all, all,
-                 threads);
-        store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, rows, kv_size,
+            rope(q, k, qkv, qkv + q_size, rope_table, positions, tokens, heads, kv_heads, D, all,
+                 all, threads);
+        store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, tokens, kv_size,
                       kv_size, all, threads);
-        paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, rows, width, heads, kv_heads,
-                     block_size, scale, threads);
-        linear(normed, o, a->o, a->o_bias, rows, q_size, hidden, threads);
-        add(x, normed, rows * hidden);
-        rms_norm(normed, x, a->post_norm, rows, 1, hidden, hidden, eps, threads);
-        linear(gates, normed, a->gate_up, a->gate_up_bias, rows, hidden, 2 * inner, threads);
-        silu_and_mul(gated, gates, rows, inner, threads);
-        linear(normed, gated, a->down, a->down_bias, rows, inner, hidden, threads);
-        add(x, normed, rows * hidden);
+        paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, decode_rows, width, heads,
+                     kv_heads, block_size, scale, threads);
+        for (int64_t r = decode_rows; r < rows; r++)
+            paged_prefill(o + starts[r] * q_size, q + starts[r] * q_size, a->k_cache, a->v_cache,
+                          tables + r * width, starts[r + 1] - starts[r], lengths[r], heads,
+                          kv_heads, block_size, scale, threads);
+        linear(normed, o, a->o, a->o_bias, tokens, q_size, hidden, threads);
+        add(x, normed, tokens * hidden, threads);
+        rms_norm(normed, x, a->post_norm, tokens, 1, hidden, hidden, eps, threads);
+        linear(gates, normed, a->gate_up, a->gate_up_bias, tokens, hidden, 2 * inner, threads);
+        silu_and_mul(gated, gates, tokens, inner, threads);
+        linear(normed, gated, a->down, a->down_bias, tokens, inner, hidden, threads);
+        add(x, normed, tokens * hidden, threads);
     }
 }
 #endif
@@ -602,7 +607,7 @@ C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + PREFIL
 # function:arguments, each a pointer, an integer or a float
 C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiiii "
                 "paged_decode:ppppppiiiiifi paged_prefill:pppppiiiiifi linear:ppppiiii "
-                "linear_step: decode_layers:ppppppppiiiiiiiiffi")
+                "linear_step: run_layers:pppppppppiiiiiiiiiiffi")
 
 
 @cache
@@ -670,17 +675,17 @@ ATTENTION_BACKENDS["cpu"] = CPUBackend
 
 
 class CPUDecoder(nn.Module):
-    """A decoder that takes a decode step through all its layers in one call of C."""
+    """A decoder that takes a step through all its layers in one call of C."""
 
     def __init__(self, decoder: nn.Module, kernels: ctypes.CDLL):
         super().__init__()
         self.embed_tokens, self.norm = decoder.embed_tokens, decoder.norm
-        self.layers, self.kernel = decoder.layers, kernels.decode_layers
+        self.layers, self.kernel = decoder.layers, kernels.run_layers
         self.addresses = self.cache = None
 
     @staticmethod
     def fits(decoder: nn.Module) -> bool:
-        """Whether every layer is made of what `decode_layers` does."""
+        """Whether every layer is made of what `run_layers` does."""
         return all(type(linear) is TiledLinear for layer in decoder.layers for linear in (
             layer.self_attn.qkv_proj, layer.self_attn.o_proj,
             getattr(layer.mlp, "gate_up_proj", None), getattr(layer.mlp, "down_proj", None)))
@@ -699,30 +704,32 @@ class CPUDecoder(nn.Module):
         """Token ids and positions [T] -> hidden states [T, hidden]."""
         x, context = self.embed_tokens(input_ids), get_context()  # x [T, hidden]
         attention = self.layers[0].self_attn.attn
-        if context.num_decode_rows == len(x) and attention.backend.name == CPUBackend.name:
-            self._decode(x, positions, context, attention)
+        if attention.backend.name == CPUBackend.name:
+            self._run(x, positions, context, attention)
         else:
             for layer in self.layers:
                 x = layer(positions, x)
         return self.norm(x)
 
-    def _decode(self, x: torch.Tensor, positions: torch.Tensor, context: Context,
-                attention: Attention) -> None:
-        """Take x [R, hidden] through all layers, in place."""
+    def _run(self, x: torch.Tensor, positions: torch.Tensor, context: Context,
+             attention: Attention) -> None:
+        """Take x [T, hidden] through all layers, in place."""
         if self.cache is not attention.k_cache:
             self.cache = attention.k_cache
             self.addresses = torch.tensor([self._find(layer) for layer in self.layers])
-        (rows, hidden), first = x.shape, self.layers[0]
+        (tokens, hidden), first = x.shape, self.layers[0]
         _, block_size, kv_heads, head_dim = self.cache.shape
         heads, inner = attention.num_heads, first.mlp.down_proj.in_features
-        width = hidden + (3 * heads + 3 * kv_heads) * head_dim + 3 * inner
-        space, positions = torch.empty(rows * width, dtype=x.dtype), positions.int()
+        rows, width = context.block_tables.shape
+        size = hidden + 3 * max((heads + kv_heads) * head_dim, inner)  # of a token
+        space, positions = torch.empty(tokens * size, dtype=x.dtype), positions.int()
         self.kernel(x.data_ptr(), space.data_ptr(), self.addresses.data_ptr(),
                     first.self_attn.rotary_emb.cos_sin.data_ptr(), positions.data_ptr(),
                     context.slot_mapping.data_ptr(), context.block_tables.data_ptr(),
-                    context.context_lens.data_ptr(), len(self.layers), rows,
-                    context.block_tables.shape[1], hidden, heads, kv_heads, inner, block_size,
-                    first.input_layernorm.eps, attention.scale, torch.get_num_threads())
+                    context.cu_seqlens_q.data_ptr(), context.context_lens.data_ptr(),
+                    len(self.layers), tokens, rows, context.num_decode_rows, width, hidden, heads,
+                    kv_heads, inner, block_size, first.input_layernorm.eps, attention.scale,
+                    torch.get_num_threads())
 
 
 FUSED = {RMSNorm: FusedRMSNorm, SiluAndMul: FusedSiluAndMul, RotaryEmbedding: FusedRotaryEmbedding}
