@@ -363,7 +363,7 @@ STORE_C = r"""
 void store_kvcache(T *k_cache, T *v_cache, const T *k, const T *v, const int32_t *slots,
                    int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride,
                    int64_t threads) {
-    #pragma omp parallel for num_threads(threads) if (tokens * n > 65536)
+    #pragma omp parallel for num_threads(threads) if (tokens * n > 4096)
     for (int64_t t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;  // a padded row's
         memcpy(k_cache + slots[t] * n, k + t * k_stride, n * sizeof(T));
@@ -557,8 +557,8 @@ typedef struct {  // where a layer's tensors are; NULL for a norm or a bias that
     T *gate_up, *gate_up_bias, *down, *down_bias, *k_cache, *v_cache;
 } layer;
 
-static void add(T *out, const T *x, int64_t n, int64_t threads) {
-    #pragma omp parallel for simd num_threads(threads) if (n > 65536)
+static void add(T *out, const T *x, int64_t n) {
+    #pragma omp simd
     for (int64_t i = 0; i < n; i++) out[i] = narrow(load(out[i]) + load(x[i]));
 }
 
@@ -592,12 +592,12 @@ void run_layers(T *x, T *space, const layer *a, const float *rope_table, const i
                           tables + r * width, starts[r + 1] - starts[r], lengths[r], heads,
                           kv_heads, block_size, scale, threads);
         linear(normed, o, a->o, a->o_bias, tokens, q_size, hidden, threads);
-        add(x, normed, tokens * hidden, threads);
+        add(x, normed, tokens * hidden);
         rms_norm(normed, x, a->post_norm, tokens, 1, hidden, hidden, eps, threads);
         linear(gates, normed, a->gate_up, a->gate_up_bias, tokens, hidden, 2 * inner, threads);
         silu_and_mul(gated, gates, tokens, inner, threads);
         linear(normed, gated, a->down, a->down_bias, tokens, inner, hidden, threads);
-        add(x, normed, tokens * hidden, threads);
+        add(x, normed, tokens * hidden);
     }
 }
 #endif
