@@ -12,13 +12,19 @@ NEW = 6
 LENGTHS = (600, 257, 256, 40, 2)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
+SHAPES = {  # in the second all layers are one call of C, where the processor has its products
+    "by modules": dict(head_dim=20),
+    "in one call": dict(hidden_size=64, intermediate_size=96, head_dim=16)}
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def reference(request, tmp_path_factory):
     """A checkpoint, prompts, and what transformers makes of them."""
     if reason := ATTENTION_BACKENDS["cpu"].why_not(torch.device("cpu"), torch.float32, 20):
         pytest.skip(reason)
-    folder, model = make_checkpoint(folder=tmp_path_factory.mktemp("model"), head_dim=20, seed=1,
-                                    num_attention_heads=6, max_position_embeddings=1024)
+    folder, model = make_checkpoint(folder=tmp_path_factory.mktemp("model"), seed=1,
+                                    num_attention_heads=6, max_position_embeddings=1024,
+                                    **SHAPES[request.param])
     prompts = random_prompts(LENGTHS)
     prompts.append(prompts[0][:500] + prompts[1])  # begins as the first does
     return folder, prompts, [hf_generate(model, prompt, NEW) for prompt in prompts]
