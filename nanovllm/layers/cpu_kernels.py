@@ -4,7 +4,7 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "SMALL", "logger", "C_HEADER", "C_FLAGS", "C_TYPES", "C_DTYPES", "RMS_NORM_C", "SILU_C",
-    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "LAYERS_C", "C_SOURCE",
+    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "PREFILL_C", "LAYERS_C", "C_SOURCE",
     "C_SIGNATURES", "FUSED", "PackedLinear", "can_pack", "pack_linears", "compile_c",
     "FusedRMSNorm", "FusedSiluAndMul", "FusedRotaryEmbedding", "empty_in_huge_pages", "TiledLinear",
     "load_kernels", "CPUBackend", "CPUDecoder", "optimize_for_cpu",
@@ -265,10 +265,11 @@ static inline __m512 multiply_add(__m512 sum, const T *w, const T *x) {
 }
 #endif
 
-static inline __attribute__((always_inline)) void tile(
-        const int rows, T *out, const T *x, const T *w, const float *start, int64_t k, int64_t n,
-        const char *ahead, int64_t pace) {
+static inline __attribute__((always_inline)) void tile_of(
+        const int rows, float *out, int64_t n, const T *x, const T *w, const float *start,
+        int64_t k, const char *ahead, int64_t pace) {
     __m512 low[12], high[12];  // rows is a constant wherever this is put in: they are registers
+    const T *half = x + 6 * k;  // twelve addresses from two registers, or there are too few
     for (int r = 0; r < rows; r++)
         low[r] = _mm512_loadu_ps(start), high[r] = _mm512_loadu_ps(start + 16);
     for (int64_t i = 0; i < k; i += STEP) {
@@ -276,15 +277,23 @@ static inline __attribute__((always_inline)) void tile(
         _mm_prefetch(ahead, _MM_HINT_T0), _mm_prefetch(ahead + 64, _MM_HINT_T0);
         ahead += pace;
         for (int r = 0; r < rows; r++) {
-            low[r] = multiply_add(low[r], piece, x + r * k + i);
-            high[r] = multiply_add(high[r], piece + 16 * STEP, x + r * k + i);
+            const T *input = (r < 6 ? x : half) + r % 6 * k + i;
+            low[r] = multiply_add(low[r], piece, input);
+            high[r] = multiply_add(high[r], piece + 16 * STEP, input);
         }
     }
-    for (int r = 0; r < rows; r++) {
-        float sums[32];
-        _mm512_storeu_ps(sums, low[r]), _mm512_storeu_ps(sums + 16, high[r]);
-        #pragma omp simd
-        for (int j = 0; j < 32; j++) out[r * n + j] = narrow(sums[j]);
+    for (int r = 0; r < rows; r++)
+        _mm512_storeu_ps(out + r * n, low[r]), _mm512_storeu_ps(out + r * n + 16, high[r]);
+}
+
+// out [rows, 32] of rows of n floats = start + x [rows, k] times w [k/STEP, 32, STEP]; rows <= 12
+static __attribute__((noinline, noclone)) void tile(  // there once: compiling it takes a while
+        int64_t rows, float *out, int64_t n, const T *x, const T *w, const float *start, int64_t k,
+        const void *ahead, int64_t pace) {
+    #define CASE(R) case R: tile_of(R, out, n, x, w, start, k, ahead, pace); break;
+    switch (rows) {
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
     }
 }
 
@@ -295,18 +304,16 @@ void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t
     int64_t passes = (rows + 11) / 12, most = passes ? (rows + passes - 1) / passes : 0;
     #pragma omp parallel for num_threads(threads) if (rows * k * n > 65536)
     for (int64_t j = 0; j < n; j += 32) {
-        float start[32] = {0};
+        float start[32] = {0}, sums[12 * 32];
         if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
         const T *ahead = w + j * k + 4096 / sizeof(T);  // what to ask memory for, long before
         if (passes > 1) ahead = w + (j + 32) * k;       // the next tile, a part in each pass
         for (int64_t r = 0; r < rows; r += most, ahead += k * 32 / passes) {
-            #define CASE(R) case R: \
-                tile(R, out + r * n + j, x + r * k, w + j * k, start, k, n, \
-                     (const char *)ahead, 128 / passes); break;
-            switch (rows - r < most ? rows - r : most) {
-                CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-                CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
-            }
+            int64_t count = rows - r < most ? rows - r : most;
+            tile(count, sums, 32, x + r * k, w + j * k, start, k, ahead, 128 / passes);
+            for (int64_t i = 0; i < count; i++)
+                #pragma omp simd
+                for (int c = 0; c < 32; c++) out[(r + i) * n + j + c] = narrow(sums[i * 32 + c]);
         }
     }
 }
@@ -354,7 +361,9 @@ class TiledLinear(nn.Module):
 
 STORE_C = r"""
 void store_kvcache(T *k_cache, T *v_cache, const T *k, const T *v, const int32_t *slots,
-                   int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride) {
+                   int64_t tokens, int64_t n, int64_t k_stride, int64_t v_stride,
+                   int64_t threads) {
+    #pragma omp parallel for num_threads(threads) if (tokens * n > 4096)
     for (int64_t t = 0; t < tokens; t++) {
         if (slots[t] < 0) continue;  // a padded row's
         memcpy(k_cache + slots[t] * n, k + t * k_stride, n * sizeof(T));
@@ -436,8 +445,113 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
 }
 """
 
+PREFILL_C = r"""
+#if defined(STEP) && D % 2 == 0  // where there is a `tile`
+enum { KEYS = 256, ROWS = 384, WIDE = (D + 31) / 32 * 32 };  // of a block; of a task; D in tiles
+
+// Keys and values first to last, KEYS at most, as the tiles of weights: keys [KEYS/32, D/STEP, 32,
+// STEP] and values [WIDE/32, KEYS/STEP, 32, STEP]. What is left of the last tile repeats a key.
+static void pack(T *keys, T *values, const T *k_cache, const T *v_cache, const int32_t *table,
+                 int64_t first, int64_t last, int64_t slot_size, int64_t block_size) {
+    #define AT(t) ((table[(t) / block_size] * block_size + (t) % block_size) * slot_size)
+    int64_t count = last - first < KEYS ? (last - first + 31) / 32 * 32 : KEYS;
+    for (int64_t t = 0; t < count; t += STEP) {
+        const T *value[STEP];
+        for (int s = 0; s < STEP; s++) {
+            int64_t key = first + t + s, at = AT(key < last ? key : last - 1);
+            if (key + 16 < last)
+                ask_for(k_cache + AT(key + 16), D), ask_for(v_cache + AT(key + 16), D);
+            T *to = keys + t / 32 * 32 * D + (t % 32 + s) * STEP;
+            for (int i = 0; i < D; i += STEP) memcpy(to + i * 32, k_cache + at + i, 4);
+            value[s] = v_cache + at;
+        }
+        for (int j = 0; j < D; j += 32)
+            for (int i = 0; i < 32 && j + i < D; i++)
+                for (int s = 0; s < STEP; s++)
+                    values[j * KEYS + t * 32 + i * STEP + s] = value[s][j + i];
+    }
+}
+
+// A row's weights from its scores, of which it may see so many. Returns what part remains of its
+// sums so far, for its maximum may have grown.
+static float soften(T *weight, float *score, int64_t visible, int64_t width, float scale,
+                    float *top, float *total) {
+    float high = *top, sum = 0;
+    for (int64_t t = visible < 0 ? 0 : visible; t < width; t++) score[t] = -INFINITY;
+    #pragma omp simd reduction(max:high)
+    for (int64_t t = 0; t < width; t++) high = score[t] > high ? score[t] : high;
+    #pragma omp simd reduction(+:sum)
+    for (int64_t t = 0; t < width; t++) {
+        float e = exponential((score[t] - high) * scale);
+        weight[t] = narrow(e), sum += e;
+    }
+    float remains = exponential((*top - high) * scale);
+    *top = high, *total = *total * remains + sum;
+    return remains;
+}
+
+// A packed block's share of the sums [rows, WIDE]; the first query sees so many of its keys, and
+// each of the next, `group` rows further on, one more.
+static void attend_block(float *sum, float *top, float *total, const T *query, const T *keys,
+                         const T *values, int64_t rows, int64_t group, int64_t visible,
+                         float scale) {
+    float zero[32] = {0}, score[12 * KEYS], part[12 * 32], remains[12];
+    T weight[12 * KEYS];
+    for (int64_t r = 0; r < rows; r += 12) {
+        int64_t some = rows - r < 12 ? rows - r : 12, most = visible + (r + some - 1) / group;
+        int64_t width = most < KEYS ? (most + 31) / 32 * 32 : KEYS;  // tiles that a row sees
+        if (width <= 0) continue;
+        for (int64_t t = 0; t < width; t += 32)
+            tile(some, score + t, KEYS, query + r * D, keys + t * D, zero, D, query, 0);
+        for (int64_t i = 0; i < some; i++)
+            remains[i] = soften(weight + i * width, score + i * KEYS, visible + (r + i) / group,
+                                width, scale, top + r + i, total + r + i);
+        for (int64_t j = 0; j < D; j += 32) {
+            tile(some, part, 32, weight, values + j * KEYS, zero, width, query, 0);
+            for (int64_t i = 0; i < some; i++) {
+                float *to = sum + (r + i) * WIDE + j;
+                for (int c = 0; c < 32; c++) to[c] = to[c] * remains[i] + part[i * 32 + c];
+            }
+        }
+    }
+}
+
+void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
+                   int64_t n, int64_t length, int64_t heads, int64_t kv_heads, int64_t block_size,
+                   float scale, int64_t threads) {
+    int64_t group = heads / kv_heads, most = group < ROWS ? ROWS / group : 1;
+    int64_t chunks = (n + most - 1) / most, work = n * length * heads * D;
+    #pragma omp parallel for num_threads(threads) schedule(dynamic) if (work > 65536)
+    for (int64_t task = chunks * kv_heads - 1; task >= 0; task--) {  // the longest first
+        int64_t kv_head = task % kv_heads, begin = task / kv_heads * most;
+        int64_t end = begin + most < n ? begin + most : n, rows = (end - begin) * group;
+        int64_t before = length - n + begin, last = length - n + end;
+        float *sum = malloc((rows * (D + WIDE + 2) + KEYS * (D + WIDE)) * sizeof(float));
+        float *top = sum + rows * WIDE, *total = top + rows;
+        T *keys = (T *)(total + rows), *values = keys + KEYS * D, *query = values + KEYS * WIDE;
+        #define HEAD(r) ((begin + (r) / group) * heads + kv_head * group + (r) % group)
+        for (int64_t r = 0; r < rows; r++) {
+            memcpy(query + r * D, q + HEAD(r) * D, D * sizeof(T));
+            for (int i = 0; i < WIDE; i++) sum[r * WIDE + i] = 0;
+            top[r] = -INFINITY, total[r] = 0;
+        }
+        for (int64_t first = 0; first < last; first += KEYS) {
+            pack(keys, values, k_cache + kv_head * D, v_cache + kv_head * D, table, first, last,
+                 kv_heads * D, block_size);
+            attend_block(sum, top, total, query, keys, values, rows, group, before + 1 - first,
+                         scale);
+        }
+        for (int64_t r = 0; r < rows; r++)
+            for (int i = 0; i < D; i++)
+                out[HEAD(r) * D + i] = narrow(sum[r * WIDE + i] / total[r]);
+        free(sum);
+    }
+}
+#endif
+"""
+
 LAYERS_C = r"""
-#ifdef STEP  // where there is a `linear`
+#if defined(STEP) && D % 2 == 0  // where there are `linear` and `paged_prefill`
 typedef struct {  // where a layer's tensors are; NULL for a norm or a bias that it does not have
     T *input_norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm;
     T *gate_up, *gate_up_bias, *down, *down_bias, *k_cache, *v_cache;
@@ -448,47 +562,52 @@ static void add(T *out, const T *x, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] = narrow(load(out[i]) + load(x[i]));
 }
 
-void decode_layers(T *x, T *space, const layer *a, const float *rope_table,
-                   const int32_t *positions, const int32_t *slots, const int32_t *tables,
-                   const int32_t *lengths, int64_t layers, int64_t rows, int64_t width,
-                   int64_t hidden, int64_t heads, int64_t kv_heads, int64_t inner,
-                   int64_t block_size, float eps, float scale, int64_t threads) {
+void run_layers(T *x, T *space, const layer *a, const float *rope_table, const int32_t *positions,
+                const int32_t *slots, const int32_t *tables, const int32_t *starts,
+                const int32_t *lengths, int64_t layers, int64_t tokens, int64_t rows,
+                int64_t decode_rows, int64_t width, int64_t hidden, int64_t heads,
+                int64_t kv_heads, int64_t inner, int64_t block_size, float eps, float scale,
+                int64_t threads) {
     int64_t q_size = heads * D, kv_size = kv_heads * D, all = q_size + 2 * kv_size;
-    T *normed = space, *qkv = normed + rows * hidden, *q = qkv + rows * all;
-    T *k = q + rows * q_size, *o = k + rows * kv_size, *gates = o + rows * q_size;
-    T *gated = gates + rows * 2 * inner;
+    T *normed = space, *qkv = normed + tokens * hidden, *q = qkv + tokens * all;
+    T *k = q + tokens * q_size, *o = k + tokens * kv_size;
+    T *gates = qkv, *gated = gates + tokens * 2 * inner;  // where attention's tensors were
     for (const layer *end = a + layers; a < end; a++) {
-        rms_norm(normed, x, a->input_norm, rows, 1, hidden, hidden, eps, threads);
-        linear(qkv, normed, a->qkv, a->qkv_bias, rows, hidden, all, threads);
+        rms_norm(normed, x, a->input_norm, tokens, 1, hidden, hidden, eps, threads);
+        linear(qkv, normed, a->qkv, a->qkv_bias, tokens, hidden, all, threads);
         if (a->q_norm) {
-            rms_norm(q, qkv, a->q_norm, rows, heads, all, D, eps, threads);
-            rms_norm(k, qkv + q_size, a->k_norm, rows, kv_heads, all, D, eps, threads);
-            rope(q, k, q, k, rope_table, positions, rows, heads, kv_heads, D, q_size, kv_size,
+            rms_norm(q, qkv, a->q_norm, tokens, heads, all, D, eps, threads);
+            rms_norm(k, qkv + q_size, a->k_norm, tokens, kv_heads, all, D, eps, threads);
+            rope(q, k, q, k, rope_table, positions, tokens, heads, kv_heads, D, q_size, kv_size,
                  threads);
         } else
-            rope(q, k, qkv, qkv + q_size, rope_table, positions, rows, heads, kv_heads, D, all, all,
-                 threads);
-        store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, rows, kv_size,
-                      kv_size, all);
-        paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, rows, width, heads, kv_heads,
-                     block_size, scale, threads);
-        linear(normed, o, a->o, a->o_bias, rows, q_size, hidden, threads);
-        add(x, normed, rows * hidden);
-        rms_norm(normed, x, a->post_norm, rows, 1, hidden, hidden, eps, threads);
-        linear(gates, normed, a->gate_up, a->gate_up_bias, rows, hidden, 2 * inner, threads);
-        silu_and_mul(gated, gates, rows, inner, threads);
-        linear(normed, gated, a->down, a->down_bias, rows, inner, hidden, threads);
-        add(x, normed, rows * hidden);
+            rope(q, k, qkv, qkv + q_size, rope_table, positions, tokens, heads, kv_heads, D, all,
+                 all, threads);
+        store_kvcache(a->k_cache, a->v_cache, k, qkv + q_size + kv_size, slots, tokens, kv_size,
+                      kv_size, all, threads);
+        paged_decode(o, q, a->k_cache, a->v_cache, tables, lengths, decode_rows, width, heads,
+                     kv_heads, block_size, scale, threads);
+        for (int64_t r = decode_rows; r < rows; r++)
+            paged_prefill(o + starts[r] * q_size, q + starts[r] * q_size, a->k_cache, a->v_cache,
+                          tables + r * width, starts[r + 1] - starts[r], lengths[r], heads,
+                          kv_heads, block_size, scale, threads);
+        linear(normed, o, a->o, a->o_bias, tokens, q_size, hidden, threads);
+        add(x, normed, tokens * hidden);
+        rms_norm(normed, x, a->post_norm, tokens, 1, hidden, hidden, eps, threads);
+        linear(gates, normed, a->gate_up, a->gate_up_bias, tokens, hidden, 2 * inner, threads);
+        silu_and_mul(gated, gates, tokens, inner, threads);
+        linear(normed, gated, a->down, a->down_bias, tokens, inner, hidden, threads);
+        add(x, normed, tokens * hidden);
     }
 }
 #endif
 """
 
-C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + LAYERS_C
+C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + PREFILL_C + LAYERS_C
 # function:arguments, each a pointer, an integer or a float
-C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiii "
-                "paged_decode:ppppppiiiiifi linear:ppppiiii linear_step: "
-                "decode_layers:ppppppppiiiiiiiiffi")
+C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiiii "
+                "paged_decode:ppppppiiiiifi paged_prefill:pppppiiiiifi linear:ppppiiii "
+                "linear_step: run_layers:pppppppppiiiiiiiiiiffi")
 
 
 @cache
@@ -507,7 +626,7 @@ def load_kernels(dtype: torch.dtype, head_dim: int) -> ctypes.CDLL | None:
 
 
 class CPUBackend(SDPABackend):
-    """Paged attention on a CPU: decode reads keys and values where they lie; prefill as SDPA."""
+    """Paged attention on a CPU: the kernels follow the block table themselves."""
     name = "cpu"
 
     @classmethod
@@ -524,7 +643,7 @@ class CPUBackend(SDPABackend):
         k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (k, v))
         kernels.store_kvcache(layer.k_cache.data_ptr(), layer.v_cache.data_ptr(), k.data_ptr(),
                               v.data_ptr(), context.slot_mapping.data_ptr(), len(k), width,
-                              k.stride(0), v.stride(0))
+                              k.stride(0), v.stride(0), torch.get_num_threads())
 
     def decode(self, layer: Attention, q: torch.Tensor, context: Context) -> torch.Tensor:
         (rows, heads, n), q = q.shape, q.contiguous()
@@ -537,22 +656,36 @@ class CPUBackend(SDPABackend):
             torch.get_num_threads())
         return out
 
+    def prefill(self, layer: Attention, q: torch.Tensor, block_table: torch.Tensor,
+                context_len: int) -> torch.Tensor:
+        kernels = load_kernels(q.dtype, q.shape[2])
+        if not hasattr(kernels, "paged_prefill"):
+            return super().prefill(layer, q, block_table, context_len)
+        (n, heads, _), q = q.shape, q.contiguous()
+        _, block_size, kv_heads, _ = layer.k_cache.shape
+        out = torch.empty_like(q)
+        kernels.paged_prefill(
+            out.data_ptr(), q.data_ptr(), layer.k_cache.data_ptr(), layer.v_cache.data_ptr(),
+            block_table.data_ptr(), n, context_len, heads, kv_heads, block_size, layer.scale,
+            torch.get_num_threads())
+        return out
+
 
 ATTENTION_BACKENDS["cpu"] = CPUBackend
 
 
 class CPUDecoder(nn.Module):
-    """A decoder that takes a decode step through all its layers in one call of C."""
+    """A decoder that takes a step through all its layers in one call of C."""
 
     def __init__(self, decoder: nn.Module, kernels: ctypes.CDLL):
         super().__init__()
         self.embed_tokens, self.norm = decoder.embed_tokens, decoder.norm
-        self.layers, self.kernel = decoder.layers, kernels.decode_layers
+        self.layers, self.kernel = decoder.layers, kernels.run_layers
         self.addresses = self.cache = None
 
     @staticmethod
     def fits(decoder: nn.Module) -> bool:
-        """Whether every layer is made of what `decode_layers` does."""
+        """Whether every layer is made of what `run_layers` does."""
         return all(type(linear) is TiledLinear for layer in decoder.layers for linear in (
             layer.self_attn.qkv_proj, layer.self_attn.o_proj,
             getattr(layer.mlp, "gate_up_proj", None), getattr(layer.mlp, "down_proj", None)))
@@ -571,30 +704,32 @@ class CPUDecoder(nn.Module):
         """Token ids and positions [T] -> hidden states [T, hidden]."""
         x, context = self.embed_tokens(input_ids), get_context()  # x [T, hidden]
         attention = self.layers[0].self_attn.attn
-        if context.num_decode_rows == len(x) and attention.backend.name == CPUBackend.name:
-            self._decode(x, positions, context, attention)
+        if attention.backend.name == CPUBackend.name:
+            self._run(x, positions, context, attention)
         else:
             for layer in self.layers:
                 x = layer(positions, x)
         return self.norm(x)
 
-    def _decode(self, x: torch.Tensor, positions: torch.Tensor, context: Context,
-                attention: Attention) -> None:
-        """Take x [R, hidden] through all layers, in place."""
+    def _run(self, x: torch.Tensor, positions: torch.Tensor, context: Context,
+             attention: Attention) -> None:
+        """Take x [T, hidden] through all layers, in place."""
         if self.cache is not attention.k_cache:
             self.cache = attention.k_cache
             self.addresses = torch.tensor([self._find(layer) for layer in self.layers])
-        (rows, hidden), first = x.shape, self.layers[0]
+        (tokens, hidden), first = x.shape, self.layers[0]
         _, block_size, kv_heads, head_dim = self.cache.shape
         heads, inner = attention.num_heads, first.mlp.down_proj.in_features
-        width = hidden + (3 * heads + 3 * kv_heads) * head_dim + 3 * inner
-        space, positions = torch.empty(rows * width, dtype=x.dtype), positions.int()
+        rows, width = context.block_tables.shape
+        size = hidden + 3 * max((heads + kv_heads) * head_dim, inner)  # of a token
+        space, positions = torch.empty(tokens * size, dtype=x.dtype), positions.int()
         self.kernel(x.data_ptr(), space.data_ptr(), self.addresses.data_ptr(),
                     first.self_attn.rotary_emb.cos_sin.data_ptr(), positions.data_ptr(),
                     context.slot_mapping.data_ptr(), context.block_tables.data_ptr(),
-                    context.context_lens.data_ptr(), len(self.layers), rows,
-                    context.block_tables.shape[1], hidden, heads, kv_heads, inner, block_size,
-                    first.input_layernorm.eps, attention.scale, torch.get_num_threads())
+                    context.cu_seqlens_q.data_ptr(), context.context_lens.data_ptr(),
+                    len(self.layers), tokens, rows, context.num_decode_rows, width, hidden, heads,
+                    kv_heads, inner, block_size, first.input_layernorm.eps, attention.scale,
+                    torch.get_num_threads())
 
 
 FUSED = {RMSNorm: FusedRMSNorm, SiluAndMul: FusedSiluAndMul, RotaryEmbedding: FusedRotaryEmbedding}
