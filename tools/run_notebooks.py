@@ -72,8 +72,9 @@ def free_names(source: str) -> set[str]:
     found, tables = set(), [symtable.symtable(source, "cell", "exec")]
     while tables:
         table = tables.pop()
+        is_module = table.get_type() == "module"
         found |= {symbol.get_name() for symbol in table.get_symbols()
-                  if symbol.is_referenced() and (symbol.is_global() or table.get_type() == "module")}
+                  if symbol.is_referenced() and (symbol.is_global() or is_module)}
         tables += table.get_children()
     return found
 
@@ -86,8 +87,8 @@ def names(source: str) -> tuple[set[str], set[str]]:
         here = {symbol.get_name() for symbol in
                 symtable.symtable(code, "cell", "exec").get_symbols()
                 if symbol.is_assigned() or symbol.is_imported()}
-        loops = {name.id for node in ast.walk(statement) if isinstance(node, (ast.For, ast.withitem))
-                 for name in ast.walk(node.target if isinstance(node, ast.For)
+        loops = {name.id for node in ast.walk(statement)
+                 if isinstance(node, (ast.For, ast.withitem)) for name in ast.walk(node.target if isinstance(node, ast.For)
                                       else node.optional_vars or ast.Pass())
                  if isinstance(name, ast.Name)}
         needs |= free_names(code) - left - loops
