@@ -87,9 +87,9 @@ def names(source: str) -> tuple[set[str], set[str]]:
         here = {symbol.get_name() for symbol in
                 symtable.symtable(code, "cell", "exec").get_symbols()
                 if symbol.is_assigned() or symbol.is_imported()}
-        loops = {name.id for node in ast.walk(statement)
-                 if isinstance(node, (ast.For, ast.withitem)) for name in ast.walk(node.target if isinstance(node, ast.For)
-                                      else node.optional_vars or ast.Pass())
+        targets = [getattr(node, "target", None) or getattr(node, "optional_vars", None)
+                   for node in ast.walk(statement) if isinstance(node, (ast.For, ast.withitem))]
+        loops = {name.id for target in targets if target for name in ast.walk(target)
                  if isinstance(name, ast.Name)}
         needs |= free_names(code) - left - loops
         left |= here
