@@ -144,3 +144,19 @@ def test_overloads_and_late_imports_are_allowed(days):
             "def f(x): return x\nos.environ['A'] = '1'\nimport triton  # noqa: E402")
     text = exporter.build(exporter.day_notebooks(days(DAY_1, [cell])))["config.py"]
     assert text.index("os.environ") < text.index("import triton")
+
+
+# -----------------------------------------------------------------------------------------------
+# Flagged cells run alone, with what they need
+# -----------------------------------------------------------------------------------------------
+
+def test_cells_that_a_flagged_cell_needs():
+    from run_notebooks import needed
+    cells = ["import math as m\nlimit = 3", "limit = 4", "print(limit)", "table = {}",
+             "for i in range(2):\n    table[i] = i", "i = 'unused'", "class A:\n    x = 1",
+             "class A(A):\n    def f(self): return table[limit]", "def unused(A): return A",
+             "#| gpu\nA().f()"]
+    assert needed(cells, {9}) == {1, 3, 4, 6, 7, 9}
+    assert needed(cells, {2}) == {1, 2}
+    assert needed(["x = 1", "x = x + 1", "y = [x for x in range(3)]", "y"], {3}) == {2, 3}
+    assert needed(["x = 1", "x = x + 1", "x"], {2}) == {0, 1, 2}
