@@ -8,7 +8,7 @@
     python tools/gpu_run.py OUT --dry-run       only say what would run
 
 Each stage is a process of its own with a time limit, so that one that fails or hangs costs no
-other; those that measure no times come first and together. OUT gets results.json, a log of every
+other; those that are not about speed come first and together. OUT gets results.json, a log of every
 stage, and pictures. It needs PyTorch with CUDA, Triton, transformers and matplotlib; the stage
 `notebooks` needs nbclient, ipykernel and fastcore too.
 """
@@ -508,7 +508,9 @@ STAGES = {  # GPUs -> stage -> (function, seconds that it may take, on a machine
     2: {"environment": (environment, 60), "tp_tokens": (tp_tokens, 130),
         "tp_speed": (tp_speed, 220), "tp_torchrun": (tp_torchrun, 120),
         "tp_logprobs": (tp_logprobs, 150)}}
-TOGETHER = ("tokens", "sanitizer", "soak", "notebooks")     # they measure no times that are kept
+# They say what is right. Day 6's cells measure times as well, to be looked at: for times to be
+# kept, run the stage `notebooks` by itself.
+TOGETHER = ("tokens", "sanitizer", "soak", "notebooks")
 RUNNING: list[subprocess.Popen] = []
 
 

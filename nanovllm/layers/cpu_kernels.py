@@ -4,10 +4,10 @@
 
 __all__ = [  # nbdev_export = STOP: run `python tools/export.py` instead
     "SMALL", "logger", "C_HEADER", "C_FLAGS", "C_TYPES", "C_DTYPES", "RMS_NORM_C", "SILU_C",
-    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "PREFILL_C", "LAYERS_C", "C_SOURCE",
-    "C_SIGNATURES", "FUSED", "PackedLinear", "can_pack", "pack_linears", "compile_c",
-    "FusedRMSNorm", "FusedSiluAndMul", "FusedRotaryEmbedding", "empty_in_huge_pages", "TiledLinear",
-    "load_kernels", "CPUBackend", "CPUDecoder", "optimize_for_cpu",
+    "ROPE_C", "LINEAR_C", "HUGE_PAGE", "STORE_C", "DECODE_C", "PACK_C", "BLOCK_C", "PREFILL_C",
+    "LAYERS_C", "C_SOURCE", "C_SIGNATURES", "FUSED", "PackedLinear", "can_pack", "pack_linears",
+    "compile_c", "FusedRMSNorm", "FusedSiluAndMul", "FusedRotaryEmbedding", "empty_in_huge_pages",
+    "TiledLinear", "load_kernels", "CPUBackend", "CPUDecoder", "optimize_for_cpu",
 ]
 
 import ctypes
@@ -445,7 +445,7 @@ void paged_decode(T *out, const T *q, const T *k_cache, const T *v_cache, const 
 }
 """
 
-PREFILL_C = r"""
+PACK_C = r"""
 #if defined(STEP) && D % 2 == 0  // where there is a `tile`
 enum { KEYS = 256, ROWS = 384, WIDE = (D + 31) / 32 * 32 };  // of a block; of a task; D in tiles
 
@@ -471,7 +471,11 @@ static void pack(T *keys, T *values, const T *k_cache, const T *v_cache, const i
                     values[j * KEYS + t * 32 + i * STEP + s] = value[s][j + i];
     }
 }
+#endif
+"""
 
+BLOCK_C = r"""
+#if defined(STEP) && D % 2 == 0
 // A row's weights from its scores, of which it may see so many. Returns what part remains of its
 // sums so far, for its maximum may have grown.
 static float soften(T *weight, float *score, int64_t visible, int64_t width, float scale,
@@ -515,7 +519,11 @@ static void attend_block(float *sum, float *top, float *total, const T *query, c
         }
     }
 }
+#endif
+"""
 
+PREFILL_C = r"""
+#if defined(STEP) && D % 2 == 0
 void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
                    int64_t n, int64_t length, int64_t heads, int64_t kv_heads, int64_t block_size,
                    float scale, int64_t threads) {
@@ -603,7 +611,8 @@ void run_layers(T *x, T *space, const layer *a, const float *rope_table, const i
 #endif
 """
 
-C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C + PREFILL_C + LAYERS_C
+C_SOURCE = RMS_NORM_C + SILU_C + ROPE_C + LINEAR_C + STORE_C + DECODE_C
+C_SOURCE += PACK_C + BLOCK_C + PREFILL_C + LAYERS_C
 # function:arguments, each a pointer, an integer or a float
 C_SIGNATURES = ("rms_norm:pppiiiifi silu_and_mul:ppiii rope:ppppppiiiiiii store_kvcache:pppppiiiii "
                 "paged_decode:ppppppiiiiifi paged_prefill:pppppiiiiifi linear:ppppiiii "

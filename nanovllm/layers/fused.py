@@ -121,7 +121,7 @@ def fuse(model: nn.Module) -> nn.Module:
                 setattr(module, name, FusedSiluAndMul())
             elif type(getattr(child, "rotary_emb", None)) is RotaryEmbedding:
                 setattr(module, name, FusedAttention(child))
-    if type(model.lm_head) is nn.Linear:
+    if type(model.lm_head) is nn.Linear and model.lm_head.bias is None:
         model.lm_head = FusedHead(model.lm_head)
     model.model = FusedDecoder(model.model)
     return model
