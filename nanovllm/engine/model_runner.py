@@ -499,7 +499,8 @@ class GraphModelRunner(ModelRunner):
     def _graph_bytes(self) -> int:
         """Memory of the recordings, from two of them over a cache of one block, thrown away then.
 
-        The largest has the memory in which all compute; the second shows what each other adds.
+        The largest has the memory in which all compute; the second shows what each other adds. No
+        layer has a cache afterwards: `allocate_kv_cache` comes next.
         """
         layers = [module for module in self.model.modules() if isinstance(module, Attention)]
         shape = (1, self.block_size, layers[0].num_kv_heads, layers[0].head_dim)
@@ -514,6 +515,8 @@ class GraphModelRunner(ModelRunner):
         first, second = free[0] - free[1], free[1] - self._free_memory()
         self.recordings.clear()
         self.graph_pool = None
+        for layer in layers:                 # blocks beyond the first would be somebody's memory
+            layer.bind_kv_cache(self.backend, None, None)
         torch.cuda.empty_cache()
         return max(0, first) + max(0, second) * (len(sizes) - 1)
 
