@@ -1,13 +1,15 @@
 """tools/export.py on small notebooks made here: several days write into the same modules."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
 import export as exporter  # noqa: E402
 
 DAY_1 = [
@@ -160,3 +162,34 @@ def test_cells_that_a_flagged_cell_needs():
     assert needed(cells, {2}) == {1, 2}
     assert needed(["x = 1", "x = x + 1", "y = [x for x in range(3)]", "y"], {3}) == {2, 3}
     assert needed(["x = 1", "x = x + 1", "x"], {2}) == {0, 1, 2}
+
+
+def test_cells_by_id_side_by_side(tmp_path):
+    import nbformat
+    cells = {"base": "x = 2", "left": "#| gpu\nx + 1", "right": "#| gpu\nx + 2",
+             "bad": "#| gpu\n1/0"}
+    path = tmp_path / "two.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[
+        nbformat.v4.new_code_cell(source, id=name) for name, source in cells.items()]), path)
+    run = [sys.executable, str(TOOLS / "run_notebooks.py"), str(path), "--flags", "gpu",
+           "--only-flagged", "--cells"]
+    running = [subprocess.Popen([*run, name]) for name in ("left", "right")]
+    assert [process.wait() for process in running] == [0, 0]
+    shown = {cell.id: [out["data"]["text/plain"] for out in cell.outputs]
+             for cell in nbformat.read(path, 4).cells}
+    assert shown == {"base": [], "left": ["3"], "right": ["4"], "bad": []}
+    wrong = subprocess.run([*run, "base"], capture_output=True, text=True)
+    assert wrong.returncode and "no such cell with these flags: ['base']" in wrong.stderr
+
+
+def test_the_gpu_script_runs_every_gpu_cell():
+    import gpu_run
+    from run_notebooks import directives
+    named = [(day, ids) for day, *ids in (*gpu_run.CELLS, (7, gpu_run.TIMED_CELL))]
+    for path in exporter.day_notebooks():
+        day, flagged = exporter.day_of(path), set()
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code" and "gpu" in directives("".join(cell["source"])):
+                flagged.add(cell["id"])
+        here = [ids for of, ids in named if of == day]
+        assert [] in here or {name for ids in here for name in ids} == flagged, path.name

@@ -6,13 +6,15 @@
     python tools/run_notebooks.py --flags gpu         also the cells flagged `#| gpu`
     python tools/run_notebooks.py --flags gpu --only-flagged
                                                       run those cells and the cells that they need,
-                                                      and store what those cells show
+                                                      and store what those cells show; with
+                                                      --cells ID only these of them
     python tools/run_notebooks.py --keep-going        store the outputs of all cells but those that
                                                       fail
 
 The kernel works in nbs/ and imports the package of this repository. Cells with a flag from
 `tst_flags` in settings.ini (`gpu`, `weights`) are left out unless asked for, and keep the outputs
-that are stored already. A notebook that fails is not changed.
+that are stored already. A notebook that fails is not changed. Several runs at a time may store
+other cells of the same notebook.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ import re
 import symtable
 import sys
 import time
+from collections.abc import Collection
 from configparser import ConfigParser
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -114,13 +118,26 @@ def needed(sources: list[str], wanted: set[int]) -> set[int]:
     return chosen
 
 
+@contextmanager
+def to_ourselves(path: Path):
+    """Meanwhile no other run of this tool writes to the notebook."""
+    with open(path) as file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ModuleNotFoundError:              # Windows: one run at a time
+            pass
+        yield
+
+
 def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
-            keeps_going: bool = False) -> list[str]:
+            keeps_going: bool = False, ids: Collection[str] = ()) -> list[str]:
     """Run the notebook at `path` and save its outputs; leaves out cells with a flag in `skip`.
 
     With `store`, only cells with one of those flags run, with what they need, and they alone get
-    new outputs. Raises nbclient's CellExecutionError, and saves nothing, when a cell fails; if it
-    `keeps_going` the failed cells have the outputs that they had, and the errors are returned.
+    new outputs; with `ids`, only these of them. Raises nbclient's CellExecutionError, and saves
+    nothing, when a cell fails; if it `keeps_going` the failed cells have the outputs that they had,
+    and the errors are returned.
     """
     import nbformat
     from nbclient import NotebookClient
@@ -135,27 +152,35 @@ def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
             return await super().async_execute_cell(cell, *args, **kwargs)
 
     notebook = nbformat.read(path, as_version=4)
-    stored = [cell.get("outputs") for cell in notebook.cells]
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    sources, wanted = [cell.source for cell in code], set(range(len(code)))
     to_run = set(sources)
     if store is not None:
-        wanted = {i for i, source in enumerate(sources) if directives(source) & store}
+        wanted = {i for i, cell in enumerate(code)
+                  if directives(cell.source) & store and (not ids or cell.id in ids)}
+        if unknown := set(ids) - {code[i].id for i in wanted}:
+            raise SystemExit(f"{path.name} has no such cell with these flags: {sorted(unknown)}")
         to_run = {sources[i] for i in needed(sources, wanted)}
     Client(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
            allow_errors=keeps_going,
            extra_arguments=["--IPKernelApp.log_level=ERROR"],    # no advice about its ports
            resources={"metadata": {"path": str(path.parent)}}).execute()
-    errors = []
-    for cell, outputs in zip(notebook.cells, stored):
-        if cell.cell_type != "code":
-            continue
+    errors, new = [], {}
+    for i in wanted:
+        cell = code[i]
         failed = [o for o in cell.outputs if o.output_type == "error"]
         errors += [f"cell {cell.id}: {o.ename}: {o.evalue}" for o in failed]
-        if failed or store is not None and not directives(cell.source) & store:
-            cell.outputs = outputs
-        elif store is not None:                  # without progress bars and warnings
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
-    nbformat.write(notebook, path)
+        if not failed:
+            new[cell.id] = cell.outputs
+            if store is not None:                # without progress bars and warnings
+                new[cell.id] = [o for o in cell.outputs if o.get("name") != "stderr"]
+    with to_ourselves(path):
+        notebook = nbformat.read(path, as_version=4)    # others may have stored theirs
+        for cell in notebook.cells:
+            if cell.id in new:
+                cell.outputs = new[cell.id]
+        nbformat.write(notebook, path)
+        clean(path)
     return errors
 
 
@@ -179,6 +204,9 @@ def main() -> int:
     parser.add_argument("--only-flagged", action="store_true",
                         help="run the cells with --flags and what they need, and store new outputs "
                              "for them alone")
+    parser.add_argument("--cells", nargs="+", default=[], metavar="ID",
+                        help="with --only-flagged: only these of the flagged cells, by their ids "
+                             "in the file")
     parser.add_argument("--keep-going", action="store_true",
                         help="after a cell that fails, run the others and store their outputs")
     parser.add_argument("--timeout", type=int, default=900, metavar="S",
@@ -189,6 +217,8 @@ def main() -> int:
         parser.error(f"no such flag: {', '.join(sorted(unknown))} (there are: {sorted(known)})")
     if args.only_flagged and not args.flags:
         parser.error("--only-flagged needs --flags")
+    if args.cells and not args.only_flagged:
+        parser.error("--cells needs --only-flagged")
 
     # The kernel inherits these: the package is this repository's, whatever else is installed.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT),
@@ -205,14 +235,12 @@ def main() -> int:
         try:
             errors = execute(path, known - set(args.flags),
                              set(args.flags) if args.only_flagged else None, args.timeout,
-                             args.keep_going)
+                             args.keep_going, args.cells)
             verdict = "\n".join(["FAILED in some cells", *errors]) if errors else "ok"
             failed += bool(errors)
         except (CellExecutionError, TimeoutError) as error:
             plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))      # without the colours
             verdict, failed = f"FAILED, not changed\n{plain}", failed + 1
-        else:
-            clean(path)
         print(f"{time.perf_counter() - start:.1f} s {verdict}", flush=True)
     return 1 if failed else 0
 
