@@ -185,7 +185,8 @@ def test_cells_by_id_side_by_side(tmp_path):
 def test_the_gpu_script_runs_every_gpu_cell():
     import gpu_run
     from run_notebooks import directives
-    named = [(day, ids) for day, *ids in (*gpu_run.CELLS, (7, gpu_run.TIMED_CELL))]
+    named = [(day, ids) for day, *ids in (
+        *gpu_run.CELLS, gpu_run.TIMED_CELLS, (7, gpu_run.BENCH_CELL))]
     for path in exporter.day_notebooks():
         day, flagged = exporter.day_of(path), set()
         for cell in json.loads(path.read_text())["cells"]:

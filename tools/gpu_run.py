@@ -249,9 +249,9 @@ def bench(out: Path, name: str, *options: str) -> dict:
 
 def bench_small(out: Path) -> dict:
     """Day 7's GPU cell: nano-vllm's 256 requests on Qwen3-0.6B's shape, against transformers."""
-    run_cells(out, 7, TIMED_CELL)
+    run_cells(out, 7, BENCH_CELL)
     notebook = json.loads(next((ROOT / "nbs").glob("07_*.ipynb")).read_text())
-    cell = next(cell for cell in notebook["cells"] if cell["id"] == TIMED_CELL)
+    cell = next(cell for cell in notebook["cells"] if cell["id"] == BENCH_CELL)
     return {"output": [line for shown in cell["outputs"] for line in
                        shown.get("text", shown.get("data", {}).get("text/markdown", []))]}
 
@@ -278,10 +278,10 @@ def soak(out: Path) -> dict:
     return bench(out, "soak", "--soak", "0.7")
 
 
-CELLS = (  # day, ids of `#| gpu` cells that run in one process; none: all of the day
-    (3,), (4,), (6, "803aa4c2"), (6, "667ea87f"), (6, "c5b136bb", "0a28e9a9", "db5a96e4"),
-    (7, "6fc8b94b"))
-TIMED_CELL = "cc06add4"  # of day 7, with the GPU to itself
+# day, ids of `#| gpu` cells that run in one process; none: all of the day
+CELLS = ((3,), (4,), (6, "803aa4c2"), (6, "667ea87f"), (7, "6fc8b94b"))
+TIMED_CELLS = (6, "c5b136bb", "0a28e9a9", "db5a96e4")  # with the GPU to themselves,
+BENCH_CELL = "cc06add4"                                # and this one of day 7
 
 
 def run_cells(out: Path, day: int, *ids: str) -> None:
@@ -296,13 +296,19 @@ def run_cells(out: Path, day: int, *ids: str) -> None:
 
 
 def notebooks(out: Path) -> dict:
-    """All `#| gpu` cells but one; the files with the new outputs go to OUT."""
+    """The `#| gpu` cells that check; the notebooks with their new outputs go to OUT."""
     with ThreadPoolExecutor() as pool:
         running = {cells: pool.submit(run_cells, out, *cells) for cells in CELLS}
     failed = {" ".join(map(str, cells)): str(job.exception()) for cells, job in running.items()
               if job.exception()}
     assert not failed, failed
     return {"processes": len(CELLS), "failed": 0}
+
+
+def graph_cells(out: Path) -> dict:
+    """Day 6's `#| gpu` cells about graphs, which measure times and memory."""
+    run_cells(out, *TIMED_CELLS)
+    return {"failed": 0}
 
 
 def tp_tokens(out: Path) -> dict:
@@ -515,13 +521,13 @@ def tp_torchrun(out: Path) -> dict:
 STAGES = {  # GPUs -> stage -> (function, seconds that it may take, on a machine that starts cold)
     1: {"environment": (environment, 60), "tokens": (tokens, 90), "decode": (decode, 150),
         "sanitizer": (sanitizer, 60), "sizing": (sizing, 90), "soak": (soak, 100),
-        "notebooks": (notebooks, 240), "bench_small": (bench_small, 180),
+        "notebooks": (notebooks, 240), "graph_cells": (graph_cells, 120),
+        "bench_small": (bench_small, 180),
         "bench_large": (bench_large, 160), "bench_without": (bench_without, 200)},
     2: {"environment": (environment, 60), "tp_tokens": (tp_tokens, 130),
         "tp_speed": (tp_speed, 220), "tp_torchrun": (tp_torchrun, 120),
         "tp_logprobs": (tp_logprobs, 150)}}
-# They say what is right. Some of day 6's cells measure times as well, to be looked at: for times to
-# be kept, run `tools/run_notebooks.py 6 --flags gpu --only-flagged` by itself.
+# They say what is right. Where cells among them print times, those are of a busy machine.
 TOGETHER = ("tokens", "sanitizer", "soak", "notebooks")
 RUNNING: list[subprocess.Popen] = []
 

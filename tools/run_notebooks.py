@@ -166,11 +166,10 @@ def execute(path: Path, skip: set[str], store: set[str] | None, timeout: int,
            extra_arguments=["--IPKernelApp.log_level=ERROR"],    # no advice about its ports
            resources={"metadata": {"path": str(path.parent)}}).execute()
     errors, new = [], {}
-    for i in wanted:
-        cell = code[i]
+    for i, cell in enumerate(code):
         failed = [o for o in cell.outputs if o.output_type == "error"]
         errors += [f"cell {cell.id}: {o.ename}: {o.evalue}" for o in failed]
-        if not failed:
+        if i in wanted and not failed:
             new[cell.id] = cell.outputs
             if store is not None:                # without progress bars and warnings
                 new[cell.id] = [o for o in cell.outputs if o.get("name") != "stderr"]

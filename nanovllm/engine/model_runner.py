@@ -509,6 +509,7 @@ class GraphModelRunner(ModelRunner):
                                                            device=self.device))
         sizes = graph_sizes(min(self.config.max_num_seqs, self.config.max_num_batched_tokens))
         free = []
+        torch.cuda.empty_cache()             # a recording begins with it: not to be counted
         for chosen in (sizes[-1:], sizes[-2:-1] or sizes[-1:]):
             free.append(self._free_memory())
             self.capture_cudagraph(chosen)
