@@ -118,6 +118,11 @@ def test_bad_setting(name, value, good):
         LLM(good[0], **{**SMALL, name: value})
 
 
+def test_a_block_larger_than_memory(good):
+    with pytest.raises(ValueError, match="bytes are left.*lower kvcache_block_size"):
+        LLM(good[0], device="cpu", kvcache_block_size=10**12, max_model_len=40)
+
+
 def test_unknown_setting(good):
     with pytest.raises(TypeError, match="'max_num_seq'.*did you mean 'max_num_seqs'"):
         LLM(good[0], max_num_seq=3)

@@ -184,8 +184,10 @@ class ModelRunner:
         else:
             budget = min(CPU_CACHE_BYTES, self.free_at_start // 4)
         if budget < block_bytes:
-            raise ValueError("gpu_memory_utilization leaves no memory for the KV cache: raise it, "
-                             "lower max_num_batched_tokens, or free memory on the device")
+            raise ValueError(
+                f"no memory for the KV cache: {max(0, int(budget)):,} bytes are left, and a block "
+                f"takes {block_bytes:,}; lower kvcache_block_size or max_num_batched_tokens, raise "
+                "gpu_memory_utilization on a GPU, or free memory on the device")
         return min(useful, int(budget // block_bytes))
 
     def allocate_kv_cache(self) -> None:
