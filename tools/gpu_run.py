@@ -16,6 +16,7 @@ stage, and pictures. It needs PyTorch with CUDA, Triton, transformers and matplo
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import random
@@ -240,19 +241,18 @@ def decode(out: Path) -> dict:
 
 
 def bench(out: Path, name: str, *options: str) -> dict:
-    """bench.py with these options; its JSON."""
-    file = out / f"bench_{name}.json"
+    """bench.py with these options; its JSON. OUT gets it too, and a picture of it."""
+    file = out.resolve() / f"bench_{name}.json"
     subprocess.run([sys.executable, ROOT / "bench.py", "--device", "cuda", "--dtype", "bfloat16",
-                    "--json", file, *options], cwd=ROOT, check=True)
+                    "--json", file, "--plot", file.with_suffix(".png"), *options],
+                   cwd=ROOT, check=True)
     return json.loads(file.read_text())
 
 
 def bench_small(out: Path) -> dict:
     """Day 7's GPU cell: nano-vllm's 256 requests on Qwen3-0.6B's shape, against transformers."""
-    run_cells(out, 7, BENCH_CELL)
-    notebook = json.loads(next((ROOT / "nbs").glob("07_*.ipynb")).read_text())
-    cell = next(cell for cell in notebook["cells"] if cell["id"] == BENCH_CELL)
-    return {"output": [line for shown in cell["outputs"] for line in
+    cells = run_cells(out, 7, BENCH_CELL)
+    return {"output": [line for shown in cells[BENCH_CELL]["outputs"] for line in
                        shown.get("text", shown.get("data", {}).get("text/markdown", []))]}
 
 
@@ -284,15 +284,19 @@ TIMED_CELLS = (6, "c5b136bb", "0a28e9a9", "db5a96e4")  # with the GPU to themsel
 BENCH_CELL = "cc06add4"                                # and this one of day 7
 
 
-def run_cells(out: Path, day: int, *ids: str) -> None:
-    """GPU cells of a day, stored in its notebook, which is copied to OUT; AssertionError."""
+def run_cells(out: Path, day: int, *ids: str) -> dict[str, dict]:
+    """GPU cells of a day, stored in its notebook, which is copied to OUT; its cells by their ids.
+
+    AssertionError if one fails.
+    """
     done = subprocess.run(
         [sys.executable, ROOT / "tools" / "run_notebooks.py", str(day), "--flags", "gpu",
          "--only-flagged", "--keep-going", *(["--cells", *ids] if ids else [])],
         cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:], flush=True)
-    shutil.copy(next((ROOT / "nbs").glob(f"0{day}_*.ipynb")), out)
+    copy = Path(shutil.copy(next((ROOT / "nbs").glob(f"0{day}_*.ipynb")), out))
     assert done.returncode == 0, f"day {day}: {done.stdout[-500:]}"
+    return {cell["id"]: cell for cell in json.loads(copy.read_text())["cells"]}
 
 
 def notebooks(out: Path) -> dict:
@@ -307,7 +311,11 @@ def notebooks(out: Path) -> dict:
 
 def graph_cells(out: Path) -> dict:
     """Day 6's `#| gpu` cells about graphs, which measure times and memory."""
-    run_cells(out, *TIMED_CELLS)
+    cells = run_cells(out, *TIMED_CELLS)
+    for name in TIMED_CELLS[1:]:
+        for shown in cells[name]["outputs"]:
+            if picture := shown.get("data", {}).get("image/png"):
+                (out / f"day6_{name}.png").write_bytes(base64.b64decode(picture))
     return {"failed": 0}
 
 
