@@ -157,7 +157,7 @@ def survives(module: str, before: str, after: str) -> bool:
             raise SystemExit(f"{module} holds {text.count(before)} times: {before!r}")
         file.write_text(text.replace(before, after), encoding="utf-8")
         tests = [str(ROOT / "tests" / f"test_{name}.py") for name in
-                 ("parity", "bad_input", "families", "logprobs", "gpu_paths")]
+                 ("parity", "bad_input", "families", "logprobs", "gpu_paths", "cpu_prefill")]
         # not `python -m pytest`: that would put the working folder in front of the mutant
         command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
                    "-x", "-q", "-p", "no:cacheprovider", *tests]
