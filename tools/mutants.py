@@ -6,7 +6,7 @@
 
 Each mutant is a copy of nanovllm/ with one change. The tests of tests/ that compare tokens and
 logits with transformers, and those for bad input, run on it and must fail. One that survives means
-that a bug of its kind would go unnoticed. It takes about twenty minutes, so it is no part of
+that a bug of its kind would go unnoticed. It takes half an hour or more, so it is no part of
 test.py.
 """
 
