@@ -34,8 +34,9 @@ setup(
     # package too, and tools/check_days.py would not see that a day imports a later one.
     package_dir={"": "."},
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
-    # The bundled checkpoint is data of the package, not a package of its own.
-    package_data={"nanovllm": ["demo_model/*"]},
+    # The bundled checkpoint is data of the package, not a package of its own. C is compiled where
+    # it runs.
+    package_data={"nanovllm": ["demo_model/*"], "": ["*.c", "*.h"]},
     install_requires=lines("requirements"),
     extras_require={
         "flash-attn": lines("flash_attn_requirements"),

@@ -85,41 +85,44 @@ def note(ax, x, y, text, color=INK, size=8.5, ha="left", va="center", **kwargs):
     ax.text(x, y, text, color=color, fontsize=size, ha=ha, va=va, **kwargs)
 
 
-# name, module, days, x, y, width
+# name, module, days (none: a room, which an appendix fills), x, y, width
 ENGINE_MAP = [
     ("LLM", "llm.py", (5,), 0.0, 7.6, 2.1),
     ("LLMEngine", "engine/llm_engine.py", (5,), 2.5, 7.6, 2.9),
     ("Config · SamplingParams", "config.py, sampling_params.py", (1,), 5.8, 7.6, 4.2),
-    ("Scheduler", "engine/scheduler.py", (4,), 0.0, 5.1, 2.9),
-    ("BlockManager", "engine/block_manager.py", (3,), 3.3, 5.1, 3.3),
-    ("Sequence", "engine/sequence.py", (1,), 7.0, 5.1, 3.0),
-    ("ModelRunner", "engine/model_runner.py", (4, 6), 0.0, 2.6, 3.3),
-    ("Context", "utils/context.py", (1,), 3.7, 2.6, 2.5),
-    ("Sampler · Detokenizer", "layers/sampler.py, utils/…", (5,), 6.6, 2.6, 3.4),
-    ("Qwen3 · Llama", "models/, layers/", (2,), 0.0, 0.1, 2.6),
-    ("Attention · KV cache", "layers/attention.py", (2, 3, 6), 3.0, 0.1, 3.0),
-    ("parallel layers", "layers/linear.py", (6,), 6.4, 0.1, 2.0),
+    ("ModelRunner", "engine/model_runner.py", (4, 6), 0.0, 5.1, 2.8),
+    ("Scheduler", "engine/scheduler.py", (4,), 3.1, 5.1, 2.1),
+    ("BlockManager", "engine/block_manager.py", (3,), 5.6, 5.1, 2.3),
+    ("Sequence", "engine/sequence.py", (1,), 8.1, 5.1, 1.9),
+    ("Context", "utils/context.py", (1,), 0.0, 2.6, 2.2),
+    ("Qwen3 · Llama", "models/, layers/", (2,), 2.6, 2.6, 2.4),
+    ("Sampler · Detokenizer", "layers/sampler.py, engine/text.py", (5,), 5.6, 2.6, 4.4),
+    ("Attention · KV cache", "layers/attention.py", (2, 3), 0.0, 0.1, 3.0),
+    ("parallel layers", "layers/linear.py", (6,), 3.4, 0.1, 2.0),
+    ("rooms", "cpu/, gpu/", (), 5.8, 0.1, 2.6),
     ("bench.py", "", (7,), 8.8, 0.1, 1.2),
 ]
 MAP_ARROWS = [
-    ((2.1, 8.4), (2.5, 8.4)), ((3.0, 7.6), (1.9, 6.7)), ((2.9, 5.9), (3.3, 5.9)),
-    ((6.6, 5.9), (7.0, 5.9)), ((1.4, 5.1), (1.4, 4.2)), ((3.3, 3.4), (3.7, 3.4)),
-    ((1.3, 2.6), (1.3, 1.7)), ((2.6, 0.9), (3.0, 0.9)), ((4.9, 2.6), (4.7, 1.7)),
+    ((2.1, 8.4), (2.5, 8.4)), ((5.4, 8.4), (5.8, 8.4)), ((3.1, 7.6), (2.0, 6.7)),
+    ((4.1, 7.6), (4.1, 6.7)), ((5.35, 7.6), (5.65, 4.2)), ((5.2, 5.9), (5.6, 5.9)),
+    ((7.9, 5.9), (8.1, 5.9)), ((1.1, 5.1), (1.1, 4.2)), ((2.3, 5.1), (3.1, 4.2)),
+    ((3.2, 2.6), (2.4, 1.7)), ((4.2, 2.6), (4.4, 1.7)), ((1.1, 1.7), (1.1, 2.6)),
 ]
 
 
 def engine_map(day):
     """The whole engine as boxes: those of `day` lit, earlier days' plain, later days' dashed."""
-    fig, ax = canvas(3.9, ylim=(-0.3, 9.6), title=f"The engine, day {day} lit")
+    fig, ax = canvas(3.9, xlim=(-0.05, 10.05), ylim=(-0.3, 9.6),
+                     title=f"The engine, day {day} lit (an arrow means “uses”)")
     for start, end in MAP_ARROWS:
         arrow(ax, start, end)
     for name, module, days, x, y, w in ENGINE_MAP:
-        lit, known = day in days, min(days) < day
+        lit, known = day in days, any(d < day for d in days)
         color = ORANGE if lit else BLUE if known else FAINT
         box(ax, x, y, w, 1.6, color=color, fill=tint(color, 0.55 if lit else 0.82 if known else 1),
             dashed=not (lit or known))
         ink = INK if lit or known else FAINT
         note(ax, x + w / 2, y + 1.0, name, ink, 9.5, "center", fontweight="bold" if lit else None)
-        when = "day " + ", ".join(map(str, days))
-        note(ax, x + w / 2, y + 0.42, f"{module} · {when}" if module else when, ink, 7, "center")
+        when = f"day {', '.join(map(str, days))}" if days else "appendices A, B"
+        note(ax, x + w / 2, y + 0.42, f"{module} · {when}" if module else when, ink, 7.5, "center")
     plt.show()

@@ -1,20 +1,14 @@
 """example.py, the main job, as a user starts it."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-import nanovllm
+import example
+from tests.processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import example  # noqa: E402
-
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
 DATA = json.loads((ROOT / "tools" / "course_qa.json").read_text(encoding="utf-8"))
 ANSWERS = {question: entry["answer"] for entry in DATA["entries"]
            for question in entry["questions"]}
@@ -22,10 +16,7 @@ ANSWERS = {question: entry["answer"] for entry in DATA["entries"]
 
 def run(*args, cwd=ROOT):
     """The finished process of `python example.py ...`."""
-    package = Path(nanovllm.__file__).parents[1]
-    return subprocess.run([sys.executable, str(ROOT / "example.py"), *args], cwd=cwd, text=True,
-                          capture_output=True, timeout=300, encoding="utf-8",
-                          env={**os.environ, "PYTHONPATH": str(package), "PYTHONUTF8": "1"})
+    return run_python(ROOT / "example.py", *args, timeout=300, cwd=cwd)
 
 
 def test_users_share_a_prompt_and_all_get_their_answers(tmp_path):

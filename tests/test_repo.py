@@ -1,7 +1,6 @@
 """What must hold for every file of the repository: notebooks, exported package, text, wheel."""
 
 import ast
-import hashlib
 import importlib
 import json
 import os
@@ -9,17 +8,15 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import export as exporter  # noqa: E402
+from tools import export as exporter
 
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+ROOT = exporter.ROOT
+NOTEBOOKS = exporter.select()
 MODULES = sorted(path for path in exporter.LIB.rglob("*.py") if path.name != "_modidx.py")
 MEGABYTE = 1_000_000
 # A path that only makes sense on the machine of whoever wrote it. What may precede: a quote, a
@@ -95,24 +92,8 @@ def test_notebook_is_small(path):
 # -----------------------------------------------------------------------------------------------
 
 def test_package_is_what_the_notebooks_export():
-    files = exporter.build(exporter.day_notebooks())
+    files = exporter.build(exporter.select())
     assert not exporter.differences(files, exporter.LIB), "run tools/export.py"
-
-
-def test_stock_export_changes_nothing(tmp_path):
-    """It would append to the modules; it must stop before, and say what to run."""
-    def state():
-        return {path.relative_to(tmp_path): hashlib.sha256(path.read_bytes()).digest()
-                for path in tmp_path.rglob("*") if path.is_file()}
-
-    copy_repository(tmp_path)
-    before = state()
-    env = {key: value for key, value in os.environ.items() if key != "IN_TEST"}
-    for path in [[], *(["--path", f"nbs/{notebook.name}"] for notebook in NOTEBOOKS[-1:])]:
-        command = [Path(sysconfig.get_path("scripts")) / "nbdev_export", *path]
-        done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True)
-        assert state() == before
-        assert done.returncode != 0 and "run `python tools/export.py`" in done.stderr, done.stderr
 
 
 def test_imports_run_one_way():
@@ -136,8 +117,10 @@ NAMES = {  # what the course promises: module, and what a reader finds in it
     "engine.sequence": "Sequence SequenceStatus", "engine.block_manager": "Block BlockManager",
     "engine.scheduler": "Scheduler", "engine.model_runner": "ModelRunner",
     "engine.llm_engine": "LLMEngine", "layers.layernorm": "RMSNorm",
-    "layers.activation": "SiluAndMul", "layers.rotary_embedding": "apply_rotary_emb",
-    "layers.attention": "Attention store_kvcache", "layers.sampler": "Sampler",
+    "layers.activation": "SiluAndMul",
+    "layers.rotary_embedding": "RotaryEmbedding apply_rotary_emb",
+    "layers.attention": "Attention store_kvcache",
+    "layers.linear": "ColumnParallelLinear RowParallelLinear", "layers.sampler": "Sampler",
     "models.qwen3": "Qwen3Attention Qwen3MLP Qwen3DecoderLayer Qwen3Model Qwen3ForCausalLM",
     "utils.context": "Context get_context set_context reset_context",
 }
@@ -145,7 +128,8 @@ METHODS = {
     ("engine.block_manager", "BlockManager"): "allocate append_slot free",
     ("engine.scheduler", "Scheduler"): "add_sequence schedule postprocess",
     ("engine.model_runner", "ModelRunner"): "allocate_kv_cache prepare_input run",
-    ("engine.llm_engine", "LLMEngine"): "add_request step is_finished abort generate stream close",
+    ("engine.llm_engine", "LLMEngine"): "add_request step is_finished abort close",
+    ("llm", "LLM"): "generate chat stream default_sampling_params",
 }
 
 
@@ -157,6 +141,51 @@ def test_what_the_course_promises_is_there():
                 for method in methods.split()
                 if not hasattr(getattr(modules[module], name), method)]
     assert not missing
+
+
+ROOMS = ("cpu", "gpu")
+EVENING = ("engine/sequence", "engine/block_manager", "engine/scheduler", "utils/context",
+           "engine/model_runner", "models/qwen3", "layers/attention", "layers/sampler",
+           "engine/llm_engine", "llm")  # a route through the package, in this order
+
+
+def is_core(path: Path) -> bool:
+    """Whether a file of the package stands outside of the rooms that may be deleted."""
+    return path.relative_to(exporter.LIB).parts[0] not in ROOMS
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def test_no_file_of_the_core_is_long():
+    assert not {name_of(p): lines(p) for p in MODULES if is_core(p) and lines(p) > 260}
+
+
+def test_the_core_is_read_in_an_evening():
+    assert sum(lines(exporter.LIB / f"{name}.py") for name in EVENING) <= 1550
+
+
+def test_the_package_does_not_grow():
+    """With its rooms and their C, without nbdev's index."""
+    files = [p for p in exporter.LIB.rglob("*") if p.suffix in (".py", ".c", ".h")]
+    assert sum(lines(path) for path in files if path.name != "_modidx.py") <= 5700
+
+
+def test_the_core_enters_rooms_by_their_doors():
+    """Only utils/rooms.py names a module of theirs."""
+    def named(path):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                module = "." * node.level + (node.module or "")
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+    inside = re.compile(rf"(^\.+|nanovllm\.)({'|'.join(ROOMS)})(\.|$)")
+    found = {name_of(path): name for path in MODULES if is_core(path)
+             for name in named(path) if inside.search(name)}
+    assert not found
 
 
 def test_public_definitions_have_docstrings():
@@ -175,6 +204,8 @@ def test_python_3_10_can_read_it():
             ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_its_model(tmp_path):
     source = tmp_path / "source"
     copy_repository(source)

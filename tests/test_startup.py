@@ -1,23 +1,27 @@
 """What an engine loads before its first token: nothing slow that it has no use for."""
 
-import subprocess
-import sys
+import json
+
+import pytest
+
+from tests.processes import SCRIPTS, run_python
 
 # Each costs a tenth of a second or more, and a careless call draws it in: sympy came with
 # torch.empty_like of a meta tensor.
 NEEDLESS = ("sympy", "torch._dynamo", "torch._inductor", "transformers.modeling_utils",
             "matplotlib", "pandas", "scipy", "IPython", "sentencepiece")
+pytestmark = pytest.mark.processes
 
 
-def loaded_after(code: str) -> list[str]:
-    """Which of the NEEDLESS modules a fresh process has loaded after `code`."""
-    code += f"\nimport sys\nprint([name for name in {NEEDLESS} if name in sys.modules])"
-    return eval(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True,
-                               text=True).stdout)
+def loaded_after(code: str, names=NEEDLESS) -> list[str]:
+    """Which of these modules a fresh process has loaded after `code`."""
+    done = run_python(SCRIPTS / "loaded_modules.py", code, *names)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_import_loads_neither_transformers_nor_what_it_draws_in():
-    assert loaded_after("import nanovllm, sys; assert 'transformers' not in sys.modules") == []
+    assert loaded_after("import nanovllm", ("transformers", *NEEDLESS)) == []
 
 
 def test_first_token_on_a_cpu_loads_nothing_needless():

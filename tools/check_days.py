@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Check that no day needs a later day.
+"""Check that no day needs a later day, and that an appendix needs only the days that it names.
 
-    python tools/check_days.py                all the days, two at a time
-    python tools/check_days.py --days 1 3     some of them
+    python tools/check_days.py                 all the days and appendices, two at a time
+    python tools/check_days.py 1 3 A           some of them
 
 For each day N the notebooks 1 to N are exported into a temporary folder, and notebook N is run with
 that package in place of the repository's, the way nbdev_test runs it. What a reader who stops after
-day N has in hand is therefore whole.
+day N has in hand is therefore whole. An appendix is run on the package of its days and itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from export import LIB, NBS, PACKAGE, ROOT, day_notebooks, day_of  # noqa: E402
+from tools.export import (
+    LIB, PACKAGE, ROOT, ExportError, appendices, day_notebooks, day_of, days_needed,
+)
+from tools.run_notebooks import python_path, select, test_flags
 
 # Runs in a process of its own: argv is the notebook, the folder that holds the package, the flags.
 RUN_ONE = """
@@ -40,61 +42,68 @@ sys.exit(0 if passed else 1)
 """
 
 
-def environment(folder: Path | None = None) -> dict[str, str]:
+def environment(folder: Path = ROOT) -> dict[str, str]:
     """The environment for a notebook under test: one thread, since two notebooks run at a time."""
-    env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    env = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONUNBUFFERED="1",
+               PYTHONPATH=python_path(folder))
     if shutil.which("nvidia-smi") is None:   # before any notebook of the process imports Triton
         env["TRITON_INTERPRET"] = "1"
-    if folder is not None:           # also for the processes that a notebook starts
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH")]))
     return env
 
 
-def run_day(day: int, flags: str) -> tuple[int, float, str]:
-    """Run the notebook of `day` on the package of the days 1 to `day`: (day, seconds, report).
-
-    The report is empty where the notebook passed.
-    """
-    start = time.perf_counter()
-    notebook = next(nb for nb in day_notebooks() if day_of(nb) == day)
+def run_one(name: str) -> str:
+    """Run a day (`3`) or an appendix (`A`) on its package; what went wrong, or nothing."""
+    notebook, = select([name])
+    part = ["--upto" if name.isdigit() else "--appendix", name]
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
-        command = [sys.executable, ROOT / "tools" / "export.py",
-                   "--upto", str(day), "--lib-path", folder / PACKAGE]
-        done = subprocess.run(command, text=True, capture_output=True)
+        done = subprocess.run([sys.executable, ROOT / "tools" / "export.py", *part,
+                               "--lib-path", folder / PACKAGE], text=True, capture_output=True)
         if not done.returncode:
             if (LIB / "demo_model").is_dir():
                 (folder / PACKAGE / "demo_model").symlink_to(LIB / "demo_model")
-            command = [sys.executable, "-c", RUN_ONE, notebook, folder, flags]
-            done = subprocess.run(command, text=True, capture_output=True, cwd=NBS,
-                                  env=environment(folder))
-    report = (done.stdout + done.stderr).strip() if done.returncode else ""
-    return day, time.perf_counter() - start, report
+            done = subprocess.run([sys.executable, "-c", RUN_ONE, notebook, folder,
+                                   " ".join(test_flags())], text=True, capture_output=True,
+                                  cwd=notebook.parent, env=environment(folder))
+    return (done.stdout + done.stderr).strip() or "failed" if done.returncode else ""
+
+
+def check(names: list[str]) -> int:
+    """Run these days and appendices, saying how each went; returns how many failed."""
+    def timed(name):
+        start = time.perf_counter()
+        return run_one(name), time.perf_counter() - start
+
+    failed = []
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for name, (report, seconds) in zip(names, pool.map(timed, names)):
+            last = name if name.isdigit() else f"{days_needed(appendices()[name])}, and itself"
+            print(f"{'day' if name.isdigit() else 'appendix'} {name} on the package of the days 1 "
+                  f"to {last}: {seconds:.1f} s {'FAILED' if report else 'ok'}", flush=True)
+            if report:
+                failed.append(name)
+                print("\n".join("    " + line for line in report.splitlines()), flush=True)
+    print(f"{len(names) - len(failed)} of {len(names)} need nothing later"
+          + (f"; failed: {' '.join(failed)}" if failed else ""))
+    return len(failed)
+
+
+def everything() -> list[str]:
+    """The names of all the days and appendices."""
+    return [str(day_of(notebook)) for notebook in day_notebooks()] + list(appendices())
 
 
 def main() -> int:
-    from run_notebooks import test_flags
-
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--days", type=int, nargs="+", metavar="N", help="default: all that exist")
-    args = parser.parse_args()
-    existing = [day_of(nb) for nb in day_notebooks()]
-    days = args.days or existing
-    if missing := set(days) - set(existing):
-        parser.error(f"no notebook for the days {sorted(missing)} in {NBS}")
-
-    flags, failed = " ".join(test_flags()), []
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        for day, seconds, report in pool.map(lambda day: run_day(day, flags), days):
-            print(f"day {day} on the package of the days 1 to {day}: {seconds:.1f} s "
-                  + ("FAILED" if report else "ok"), flush=True)
-            if report:
-                failed.append(day)
-                print("\n".join("    " + line for line in report.splitlines()), flush=True)
-    print(f"{len(days) - len(failed)} of {len(days)} days need no later day"
-          + (f"; failed: {failed}" if failed else ""))
-    return 1 if failed else 0
+    parser.add_argument("names", nargs="*", help="days and appendices (default: all)")
+    names = parser.parse_args().names or everything()
+    if unknown := sorted(set(names) - set(everything())):
+        parser.error(f"there is no {', '.join(unknown)} (there are: {' '.join(everything())})")
+    try:
+        return 1 if check(names) else 0
+    except ExportError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Execute notebooks in place, store what they show, and clean them with nbdev_clean.
 
-    python tools/run_notebooks.py                     all the days
-    python tools/run_notebooks.py 3 nbs/05_*.ipynb    some of them, by day or by file
+    python tools/run_notebooks.py                     all the days and appendices
+    python tools/run_notebooks.py 3 A nbs/05_*.ipynb  some of them, by name or by file
     python tools/run_notebooks.py --flags gpu         also the cells flagged `#| gpu`
     python tools/run_notebooks.py --flags gpu --only-flagged
                                                       run those cells and the cells that they need,
@@ -11,10 +11,10 @@
     python tools/run_notebooks.py --keep-going        store the outputs of all cells but those that
                                                       fail
 
-The kernel works in nbs/ and imports the package of this repository. Cells with a flag from
-`tst_flags` in settings.ini (`gpu`, `weights`) are left out unless asked for, and keep the outputs
-that are stored already. A notebook that fails is not changed. Several runs at a time may store
-other cells of the same notebook.
+The kernel works beside the notebook and imports the package of this repository. Cells with a flag
+from `tst_flags` in settings.ini (`gpu`, `weights`) are left out unless asked for, and keep the
+outputs that are stored already. A notebook that fails is not changed. Several runs at a time may
+store other cells of the same notebook.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from export import NBS, ROOT, day_notebooks, day_of  # noqa: E402
+from tools.export import NBS, ROOT, appendices, day_notebooks, day_of
+from tools.export import select as all_notebooks
 
 
 def test_flags() -> set[str]:
@@ -55,20 +55,18 @@ def directives(source: str) -> set[str]:
 
 
 def select(names: list[str]) -> list[Path]:
-    """The notebooks that `names` mean: days (`3`) or files; all the days where there are none."""
-    if not names:
-        return day_notebooks()
-    chosen = []
-    for name in names:
-        path = Path(name).resolve()
-        if name.isdigit():
-            matches = [nb for nb in day_notebooks() if day_of(nb) == int(name)]
-        else:
-            matches = [path] if path.suffix == ".ipynb" and path.exists() else []
-        if not matches:
+    """The notebooks that `names` mean: days (`3`), appendices (`A`) or files; none means all."""
+    known = {str(day_of(nb)): nb for nb in day_notebooks()} | appendices()
+    chosen = [known.get(name, Path(name).resolve()) for name in names]
+    for name, path in zip(names, chosen):
+        if path.suffix != ".ipynb" or not path.exists():
             raise SystemExit(f"no such notebook: {name}")
-        chosen += matches
-    return chosen
+    return chosen or all_notebooks()
+
+
+def python_path(package: Path) -> str:
+    """PYTHONPATH for a notebook: the folder that holds the package, and what is beside the days."""
+    return os.pathsep.join(filter(None, [str(package), str(NBS), os.environ.get("PYTHONPATH")]))
 
 
 def free_names(source: str) -> set[str]:
@@ -86,6 +84,8 @@ def free_names(source: str) -> set[str]:
 def names(source: str) -> tuple[set[str], set[str]]:
     """The names that a cell leaves made or changed, and those that it needs from before."""
     left, needs = set(), set()
+    if source.startswith("%%"):                  # no Python
+        return left, needs
     for statement in ast.parse(source).body:
         code = ast.unparse(statement)
         here = {symbol.get_name() for symbol in
@@ -197,7 +197,7 @@ def clean(path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("notebooks", nargs="*", help="days or files (default: all the days)")
+    parser.add_argument("notebooks", nargs="*", help="days, appendices or files (default: all)")
     parser.add_argument("--flags", nargs="+", default=[], metavar="FLAG",
                         help="run the cells with these flags too: gpu, weights")
     parser.add_argument("--only-flagged", action="store_true",
@@ -220,8 +220,7 @@ def main() -> int:
         parser.error("--cells needs --only-flagged")
 
     # The kernel inherits these: the package is this repository's, whatever else is installed.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT),
-                                                             os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = python_path(ROOT)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     from nbclient.exceptions import CellExecutionError
 

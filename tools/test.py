@@ -6,50 +6,70 @@
 
 The steps:
   export     the committed package is what the notebooks export
-  repo       pytest tests/: the tools, and what must hold for every file
+  repo       pytest tests/: the package, the tools, and what must hold for every file
   notebooks  nbdev_test: each notebook runs from its first cell to its last
   days       each notebook runs on the package of its own and the earlier days alone
+  rooms      without nanovllm/cpu, nanovllm/gpu or both, the tests of all the rest pass
+  sanitize   the C kernels' tests pass under gcc's address and undefined-behaviour sanitizers
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from check_days import environment  # noqa: E402
-from export import ROOT, day_notebooks, day_of  # noqa: E402
+from tools.check_days import check, environment, everything
+from tools.export import LIB, PACKAGE, ROOT, select
 
-TOOLS = ROOT / "tools"
-
-
-def run(*command, env=None) -> tuple[int, str]:
-    """Run a command in the repository, showing what it prints: (exit status, what it printed)."""
-    process = subprocess.Popen([str(part) for part in command], cwd=ROOT, env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    printed = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        printed.append(line)
-    return process.wait(), "".join(printed)
+ROOMS = ("cpu", "gpu")
+CORE_TESTS = (                 # what must pass without rooms; a room's own tests skip themselves
+    "tests", *(f"--ignore=tests/{name}" for name in ("course", "tools", "bench", "test_repo.py")))
+KERNEL_TESTS = ("tests/cpu",)  # what runs the C under the sanitizers
+SILENCE = 30                   # seconds, after which a step says that it lives
 
 
-def check_export() -> tuple[int, int]:
-    status, _ = run(sys.executable, TOOLS / "export.py", "--check")
-    return (0, 1) if status else (1, 0)
+def run(*command, cwd=ROOT, env=None) -> tuple[int, str]:
+    """Run a command, showing what it prints as it comes: (exit status, what it printed)."""
+    process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT,
+                               env=dict(env or os.environ, PYTHONUNBUFFERED="1"))
+    start, printed, finished = time.perf_counter(), [], threading.Event()
+    heard = start
+
+    def say_that_it_lives():
+        said = start
+        while not finished.wait(1):
+            now = time.perf_counter()
+            if now - max(heard, said) > SILENCE:
+                said = now
+                print(f"    … {now - start:.0f} s", flush=True)
+
+    threading.Thread(target=say_that_it_lives, daemon=True).start()
+    while chunk := os.read(process.stdout.fileno(), 4096):
+        heard = time.perf_counter()
+        printed.append(chunk)
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.flush()
+    finished.set()
+    return process.wait(), b"".join(printed).decode(errors="replace")
 
 
-def check_repo() -> tuple[int, int]:
+def pytest(*arguments, cwd=ROOT, env=None) -> tuple[int, int]:
+    """Run pytest: (passed, failed)."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        status, _ = run(sys.executable, "-m", "pytest", "-q", "tests", f"--junitxml={report}")
+        status, _ = run(sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={report}",
+                        cwd=cwd, env=env)
         if not report.exists():
             return 0, 1
         suite = ElementTree.parse(report).getroot().find("testsuite").attrib
@@ -58,49 +78,93 @@ def check_repo() -> tuple[int, int]:
     return passed, failed or int(status != 0)
 
 
+def check_export() -> tuple[int, int]:
+    status, _ = run(sys.executable, ROOT / "tools" / "export.py", "--check")
+    return (0, 1) if status else (1, 0)
+
+
+def check_repo() -> tuple[int, int]:
+    return pytest("tests")
+
+
 def check_notebooks() -> tuple[int, int]:
     nbdev_test = Path(sysconfig.get_path("scripts")) / "nbdev_test"
-    status, printed = run(nbdev_test, "--n_workers", "2", "--timing", env=environment())
+    status, printed = run(nbdev_test, "--n_workers", "2", "--timing", "--do_print",
+                          env=environment())
     # nbdev_test ends by naming the notebooks that failed, one a line.
     _, _, names = printed.partition("nbdev Tests Failed On The Following Notebooks:")
     failed = len(re.findall(r"^\s+\S+\.ipynb$", names, re.MULTILINE)) or int(status != 0)
-    return len(day_notebooks()) - failed, failed
+    return len(select()) - failed, failed
 
 
 def check_days() -> tuple[int, int]:
-    # The package of all the days is the whole one: nbdev_test has run the last notebook on it.
-    days = [day_of(notebook) for notebook in day_notebooks()][:-1]
-    if not days:
+    failed = check(everything())
+    return len(everything()) - failed, failed
+
+
+def check_rooms() -> tuple[int, int]:
+    there = [room for room in ROOMS if (LIB / room).is_dir()]
+    passed = failed = 0
+    for removed in [[room] for room in there] + [there] * (len(there) > 1):
+        print(f"without {' and '.join(f'{PACKAGE}/{room}' for room in removed)}", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder).resolve() / "copy"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
+                ".*", "__pycache__", "*.egg-info", "build", "dist"))
+            for room in removed:
+                shutil.rmtree(copy / PACKAGE / room)
+            more = pytest(*CORE_TESTS, *(f"--ignore=tests/{room}" for room in removed),
+                          "-m", "not slow", cwd=copy, env=environment(copy))
+        passed, failed = passed + more[0], failed + more[1]
+    return passed, failed
+
+
+def check_sanitized() -> tuple[int, int]:
+    """The kernels are compiled by nanovllm/cpu/build.py, which reads NANOVLLM_CFLAGS."""
+    tests = [path for path in KERNEL_TESTS if (ROOT / path).exists()]
+    gcc = shutil.which("gcc") if sys.platform == "linux" else None
+    if not tests or gcc is None:
+        print("left out: this needs tests/cpu, Linux and gcc")
         return 0, 0
-    status, printed = run(sys.executable, TOOLS / "check_days.py", "--days", *days)
-    passed = len(re.findall(r"^day \d+ .* ok$", printed, re.MULTILINE))
-    return passed, max(len(days) - passed, int(status != 0))
+    # Python itself is not sanitized: it must load the runtime first, and with it C++'s, whose
+    # exceptions the runtime looks for at its start.
+    runtime = [subprocess.run([gcc, f"-print-file-name={name}"], text=True, check=True,
+                              capture_output=True).stdout.strip()
+               for name in ("libasan.so", "libstdc++.so.6")]
+    flags = "-g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+    return pytest(*tests, "-s", env=dict(
+        environment(), NANOVLLM_CFLAGS=flags, LD_PRELOAD=":".join(runtime), PYTHONMALLOC="malloc",
+        ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1"))
 
 
-STEPS = {
-    "export": ("The package is what the notebooks export", check_export),
-    "repo": ("The tools and the repository (pytest)", check_repo),
-    "notebooks": ("The notebooks (nbdev_test)", check_notebooks),
-    "days": ("No day needs a later day", check_days),
+STEPS = {  # name: title, minutes on two cores, function
+    "export": ("The package is what the notebooks export", 0.1, check_export),
+    "repo": ("The package, the tools, the repository (pytest)", 8, check_repo),
+    "notebooks": ("The notebooks (nbdev_test)", 6, check_notebooks),
+    "days": ("No day needs a later day", 6, check_days),
+    "rooms": ("The core without its rooms", 6, check_rooms),
+    "sanitize": ("The C kernels under sanitizers", 2, check_sanitized),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP",
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", default=list(STEPS),
                         help="run only these steps: " + ", ".join(STEPS))
-    args = parser.parse_args()
+    names = parser.parse_args().only
     total_passed = total_failed = 0
     start, summary = time.perf_counter(), []
-    for name in args.only or STEPS:
-        title, step = STEPS[name]
-        print(f"\n== {title} ==", flush=True)
+    minutes = [STEPS[name][1] for name in names]
+    print(f"This takes about {max(1, round(sum(minutes)))} minutes on two cores.")
+    for number, name in enumerate(names, 1):
+        title, expected, step = STEPS[name]
+        print(f"\n== {number}/{len(names)} {title}: about {expected} min ==", flush=True)
         step_start = time.perf_counter()
         passed, failed = step()
         total_passed, total_failed = total_passed + passed, total_failed + failed
         seconds = time.perf_counter() - step_start
-        summary.append(f"{title:45} {passed:3} passed {failed:3} failed {seconds:7.1f} s")
+        summary.append(f"{title:50} {passed:4} passed {failed:3} failed {seconds:7.1f} s")
     print("\n== Summary ==", *summary, sep="\n")
     print(f"in {time.perf_counter() - start:.0f} seconds")
     print(f"{total_passed} passed, {total_failed} failed")

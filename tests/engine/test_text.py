@@ -1,0 +1,190 @@
+"""Between text and ids: half characters, stop strings, and what a checkpoint says of its ends."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fixtures import DEMO_MODEL
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.text import (
+    Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer, read_generation_config,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(DEMO_MODEL)
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes; from 256 on they are special."""
+    bos_token = None
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+
+def pieces(text, stop=(), tokenizer=Bytes()):
+    """(certain text after each byte of `text`, the detokenizer)."""
+    detokenizer = Detokenizer(tokenizer, stop)
+    shown = []
+    for byte in text.encode():
+        detokenizer.append(byte)
+        shown.append(detokenizer.certain_text())
+    return shown, detokenizer
+
+
+def test_half_a_character_is_held_back():
+    shown, detokenizer = pieces("aé€b")
+    assert shown == ["a", "a", "aé", "aé", "aé", "aé€", "aé€b"]
+    detokenizer.finish()
+    assert detokenizer.text == "aé€b"
+
+
+def test_what_never_becomes_a_character_is_shown_at_the_end():
+    detokenizer = Detokenizer(Bytes())
+    for byte in "a€".encode()[:-1]:
+        detokenizer.append(byte)
+        assert detokenizer.certain_text() == "a"
+    detokenizer.finish()
+    assert detokenizer.text == "a\ufffd"
+
+
+def test_special_tokens_are_no_text():
+    detokenizer = Detokenizer(Bytes())
+    for token in (97, 300, 98):
+        detokenizer.append(token)
+    assert detokenizer.certain_text() == "ab"
+
+
+def test_a_stop_string_across_tokens():
+    """Its beginning is held back, and given out when it goes on otherwise."""
+    shown, detokenizer = pieces("ab<e<end>c", stop=("<end>",))
+    assert shown == ["a", "ab", "ab", "ab", "ab<e", "ab<e", "ab<e", "ab<e", "ab<e", "ab<e"]
+    assert detokenizer.stopped and detokenizer.text == "ab<e"
+
+
+def test_the_first_of_several_stop_strings():
+    _, detokenizer = pieces("one two", stop=("two", "e t"))
+    assert detokenizer.stopped and detokenizer.text == "on"
+
+
+def test_a_stop_string_that_does_not_come():
+    shown, detokenizer = pieces("ab<", stop=("<end>",))
+    assert shown[-1] == "ab" and not detokenizer.stopped
+    detokenizer.finish()
+    assert detokenizer.text == "ab<"
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_is_certain_only_grows(seed):
+    rng = random.Random(seed)
+    text = "".join(rng.choice("ab€é🙂") for _ in range(30))
+    stop = ("ab€", "🙂b")
+    shown, detokenizer = pieces(text, stop)
+    detokenizer.finish()
+    cuts = [at for s in stop if (at := text.find(s)) >= 0]
+    assert detokenizer.text == (text[:min(cuts)] if cuts else text)
+    for before, after in zip(shown, [*shown[1:], detokenizer.text]):
+        assert after.startswith(before)
+
+
+def test_stop_without_a_tokenizer():
+    with pytest.raises(ValueError, match="stop needs text"):
+        Detokenizer(None, ("a",))
+    detokenizer = Detokenizer(None)
+    detokenizer.append(5)
+    detokenizer.finish()
+    assert detokenizer.text == detokenizer.certain_text() == ""
+
+
+def test_token_by_token_like_all_at_once(tokenizer):
+    """Spaces depend on the token before."""
+    ids = tokenizer.encode("Paged attention: keys, values — and 🙂 blocks.")
+    detokenizer = Detokenizer(tokenizer)
+    for token in ids:
+        detokenizer.append(token)
+        detokenizer.certain_text()
+    detokenizer.finish()
+    assert detokenizer.text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_prompts(tokenizer):
+    assert encode_prompt("What is RoPE?", tokenizer, 9999) == tokenizer.encode("What is RoPE?")
+    assert encode_prompt((1, np.int64(2)), None, 3) == [1, 2]
+    for prompt, error in [([3], ValueError), ([-1], ValueError), ([1.0], TypeError),
+                          (["1"], TypeError), (None, TypeError), ("text", ValueError)]:
+        with pytest.raises(error, match="prompt"):
+            encode_prompt(prompt, None, 3)
+
+
+def test_half_a_surrogate_pair_is_no_text(tokenizer):
+    with pytest.raises(ValueError, match="prompt"):
+        encode_prompt("\ud800", tokenizer, 9999)
+
+
+def test_no_tokenizer(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_generation_config(tmp_path):
+    assert read_generation_config(tmp_path) is None
+    file = tmp_path / "generation_config.json"
+    file.write_text('{"top_k": 3}')
+    assert read_generation_config(tmp_path) == {"top_k": 3}
+    for content in ("[]", "{"):
+        file.write_text(content)
+        with pytest.raises(ValueError, match="generation_config.json.*fetch it again"):
+            read_generation_config(tmp_path)
+
+
+def test_all_who_name_an_end_of_text_are_heard(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    config = SimpleNamespace(model=tmp_path, hf_config=SimpleNamespace(eos_token_id=2))
+    assert find_eos_token_ids(config, SimpleNamespace(eos_token_id=5)) == {2, 3, 4, 5}
+    nothing = SimpleNamespace(model=tmp_path / "none", hf_config=SimpleNamespace())
+    assert find_eos_token_ids(nothing, None) == frozenset()
+
+
+def test_the_beginning_of_sequence_comes_once(tmp_path):
+    """A tokenizer that puts it in front, as Llama's, and a template that does, too."""
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    name, number = (tokenizer["added_tokens"][0][key] for key in ("content", "id"))
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}},
+                   {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}}}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "bos_token": name}))
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
+    greedy = SamplingParams(temperature=0, max_tokens=10)
+    with LLM(folder, num_kvcache_blocks=32) as llm:
+        messages = [{"role": "user", "content": "What is RoPE?"}]
+        outs = llm.chat(messages, greedy, use_tqdm=False)
+        outs += llm.generate(["What is RoPE?", name + "What is RoPE?"], greedy, use_tqdm=False)
+        body = llm.tokenizer.encode("What is RoPE?", add_special_tokens=False)
+    assert [out["prompt_token_ids"] for out in outs] == [[number, *body]] * 3
+
+
+def test_a_stop_string_ends_the_request(demo):
+    """Also where max_tokens is reached by the same token."""
+    greedy = SamplingParams(temperature=0, max_tokens=32)
+    whole = demo.generate("What is RoPE?\n", greedy, use_tqdm=False)[0]
+    stop = whole["text"][10:14]
+    cut = demo.generate("What is RoPE?\n", SamplingParams(temperature=0, max_tokens=32, stop=stop),
+                        use_tqdm=False)[0]
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"][:whole["text"].find(stop)]
+    last = SamplingParams(temperature=0, max_tokens=len(cut["token_ids"]), stop=stop)
+    again = demo.generate("What is RoPE?\n", last, use_tqdm=False)[0]
+    assert (again["text"], again["finish_reason"]) == (cut["text"], "stop")
+    assert demo.block_manager.num_used_blocks == 0
