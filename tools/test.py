@@ -34,7 +34,8 @@ from tools.export import LIB, PACKAGE, ROOT, select
 ROOMS = ("cpu", "gpu")
 CORE_TESTS = (                 # what must pass without rooms; a room's own tests skip themselves
     "tests", *(f"--ignore=tests/{name}" for name in ("course", "tools", "bench", "test_repo.py")))
-KERNEL_TESTS = ("tests/cpu",)  # what runs the C under the sanitizers
+KERNEL_TESTS = tuple(          # what runs the C under the sanitizers
+    f"tests/cpu/test_{name}.py" for name in ("kernels", "build", "optimize"))
 SILENCE = 30                   # seconds, after which a step says that it lives
 
 
