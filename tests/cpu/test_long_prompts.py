@@ -11,7 +11,8 @@ from nanovllm.layers.attention import Attention, SDPABackend
 NEW = 6
 LENGTHS = (600, 257, 256, 40, 2)
 pytestmark = [pytest.mark.usefixtures("level"), pytest.mark.parametrize(
-    "level", ["native", "no AMX"], indirect=True, scope="module")]
+    "level", ["native", pytest.param("no AMX", marks=pytest.mark.slow)], indirect=True,
+    scope="module")]
 SHAPES = {  # in the second all layers are one call of C, where the processor has its products
     "by modules": dict(head_dim=20),
     "in one call": dict(hidden_size=64, intermediate_size=96, head_dim=16)}
@@ -41,7 +42,7 @@ def generate(reference, **settings):
         return llm.stats, [out["num_cached_tokens"] for out in outs]
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bs, chunk", [(16, 16384), (5, 300), (16, 257), (256, 33),
                                        pytest.param(1, 8, marks=pytest.mark.slow)])
 def test_long_prompts(bs, chunk, threads, reference):

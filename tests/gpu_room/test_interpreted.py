@@ -15,9 +15,9 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="they run in this process")
 @pytest.mark.processes
 @pytest.mark.parametrize("file", [
-    "test_attention_kernels.py", "test_layer_kernels.py",
+    "test_layer_kernels.py",
     *(pytest.param(f"test_{name}.py", marks=pytest.mark.slow)
-      for name in ("fuse", "peers", "engine"))])
+      for name in ("attention_kernels", "fuse", "peers", "engine"))])
 def test_in_the_interpreter(file):
     """The tests of one file; to run them alone: TRITON_INTERPRET=1 python -m pytest FILE."""
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted" / file,
