@@ -251,6 +251,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'nanovllm.engine.proof': { 'nanovllm.engine.proof.answers': ('scheduler.html#answers', 'nanovllm/engine/proof.py'),
                                        'nanovllm.engine.proof.difference': ('scheduler.html#difference', 'nanovllm/engine/proof.py'),
                                        'nanovllm.engine.proof.few_layers': ('scheduler.html#few_layers', 'nanovllm/engine/proof.py'),
+                                       'nanovllm.engine.proof.kind_of': ('scheduler.html#kind_of', 'nanovllm/engine/proof.py'),
                                        'nanovllm.engine.proof.probe_steps': ('scheduler.html#probe_steps', 'nanovllm/engine/proof.py'),
                                        'nanovllm.engine.proof.with_fast_path': ( 'scheduler.html#with_fast_path',
                                                                                  'nanovllm/engine/proof.py')},

@@ -7,9 +7,9 @@ from fixtures import make_checkpoint, make_hf_model
 
 from nanovllm import LLM
 from nanovllm.config import DEMO_MODEL, Config, max_positions, resolve_model
+from tests.ropes import DYNAMIC, LINEAR, LLAMA3, ORIGINAL, YARN
 
 SMALL = dict(num_kvcache_blocks=8, kvcache_block_size=4, max_model_len=40)
-ORIGINAL = 32  # the context that scaled models were "trained" on
 
 
 def set_config(folder, **changes):
@@ -80,17 +80,6 @@ def test_which_folder():
 def test_bad_setting(name, value, good):
     with pytest.raises(ValueError, match=name):
         LLM(good[0], **{**SMALL, name: value})
-
-
-def rope(kind, theta=1e4, **more):
-    return dict(rope_parameters={"rope_type": kind, "rope_theta": theta, **more})
-
-
-LLAMA3 = rope("llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=ORIGINAL)
-YARN = rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=4.0)
-LINEAR = rope("linear", factor=4.0)
-DYNAMIC = dict(rope("dynamic", factor=4.0), max_position_embeddings=ORIGINAL)
 
 
 def test_positions_reach_as_far_as_the_scaling():

@@ -56,11 +56,13 @@ class LLMEngine:
         self.requests: dict[int, Request] = {}     # unfinished ones, by id
         self._num_scored = 0                       # of them, those that ask for log-probabilities
         self._unclaimed: list[StepOutput] = []     # for step(), from steps that others ran
-        self._lock = threading.RLock()             # held by whoever changes any of these
+        self._lock = threading.RLock()             # held to change any of these
         self._is_closed = False
 
     def _make_runner(self):
         """One process' runner, or the leader of several."""
+        if self.config.look_ahead and find_room("gpu") is None:
+            raise ValueError("look_ahead=True needs nanovllm/gpu, which is not there; leave it out")
         if self.config.tensor_parallel_size == 1:
             return ModelRunner(self.config)
         from .ranks import Leader
@@ -72,11 +74,7 @@ class LLMEngine:
         if wanted is None:
             wanted = self.runner.uses_graphs and self.config.kernels == "auto"
         room = find_room("gpu") if wanted else None
-        if room is not None:
-            return room.Lookahead(self.runner, self.scheduler)
-        if self.config.look_ahead:
-            raise ValueError("look_ahead=True needs nanovllm/gpu, which is not there; leave it out")
-        return self.runner
+        return self.runner if room is None else room.Lookahead(self.runner, self.scheduler)
 
     def _check_open(self) -> None:
         """RuntimeError after close()."""

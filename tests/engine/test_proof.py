@@ -9,62 +9,12 @@ from fixtures import make_checkpoint, random_prompts
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine import proof
 from nanovllm.layers import attention
-from nanovllm.layers.activation import SiluAndMul
 from nanovllm.layers.attention import SDPABackend
-from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.rotary_embedding import RotaryEmbedding
-from nanovllm.models.qwen3 import Qwen3DecoderLayer, Qwen3MLP, Qwen3Model
+from nanovllm.models.qwen3 import Qwen3DecoderLayer
 from nanovllm.utils.rooms import find_room
+from tests.changes import CHANGES, IDS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-
-
-def half_residual(self, positions, x):
-    x = x + 0.5 * self.self_attn(positions, self.input_layernorm(x))
-    return x + self.mlp(self.post_attention_layernorm(x))
-
-
-def norm_without_mean(self, x):
-    return self.weight * (x / (1 + x.abs().amax(-1, keepdim=True)))
-
-
-def other_gate(self, x):
-    gate, up = x.chunk(2, dim=-1)
-    return torch.nn.functional.gelu(gate) * up
-
-
-def turned_back(self, positions, q, k):
-    cos, sin = self.cos_sin[positions].to(q.dtype).unbind(1)
-    return (attention_rotate(q, cos, -sin), attention_rotate(k, cos, -sin * 0.5))
-
-
-def attention_rotate(x, cos, sin):
-    x1, x2 = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def scaled_embedding(self, input_ids, positions):
-    x = self.embed_tokens(input_ids) * 3
-    for layer in self.layers:
-        x = layer(positions, x)
-    return self.norm(x)
-
-
-def every_other_layer(self, input_ids, positions):
-    x = self.embed_tokens(input_ids)
-    for layer in self.layers[::2]:
-        x = layer(positions, x)
-    return self.norm(x)
-
-
-def half_mlp(self, x):
-    return 0.5 * self.down_proj(self.act_fn(self.gate_up_proj(x)))
-
-
-CHANGES = [(Qwen3DecoderLayer, half_residual), (RMSNorm, norm_without_mean),
-           (SiluAndMul, other_gate), (RotaryEmbedding, turned_back), (Qwen3MLP, half_mlp),
-           (Qwen3Model, scaled_embedding), (Qwen3Model, every_other_layer)]
 
 
 def tokens(folder, prompts, **settings):
@@ -88,7 +38,7 @@ def prompt_logprobs(folder, prompt, **settings):
     return torch.tensor([next(iter(entry.values())) for entry in entries[1:]])
 
 
-@pytest.mark.parametrize("cls, forward", CHANGES, ids=[f.__name__ for _, f in CHANGES])
+@pytest.mark.parametrize("cls, forward", CHANGES, ids=IDS)
 def test_a_change_takes_effect(checkpoint, monkeypatch, cls, forward):
     """With a change in a taught class kernels="auto" gives what "plain" gives."""
     prompts = random_prompts([20, 5])
@@ -99,7 +49,7 @@ def test_a_change_takes_effect(checkpoint, monkeypatch, cls, forward):
     assert auto == plain != before
 
 
-@pytest.mark.parametrize("cls, forward", CHANGES, ids=[f.__name__ for _, f in CHANGES])
+@pytest.mark.parametrize("cls, forward", CHANGES, ids=IDS)
 def test_a_change_takes_effect_in_bfloat16(checkpoint, monkeypatch, cls, forward):
     """Where rounding differs: nearer to the changed layers than to the old ones by far."""
     [prompt] = random_prompts([30])
@@ -171,3 +121,26 @@ def test_few_layers_share_the_weights(checkpoint):
         assert first.mlp.down_proj.weight is model.model.layers[0].mlp.down_proj.weight
         first.mlp = None
         assert model.model.layers[0].mlp is not None
+
+
+def test_a_layer_that_knows_its_number_is_a_kind_for_itself(tmp_path, monkeypatch):
+    """Else a change of one layer in the middle would not be seen."""
+    folder, _ = make_checkpoint(folder=tmp_path, hidden_size=64, intermediate_size=96, head_dim=16,
+                                num_attention_heads=4, num_hidden_layers=6)
+    [prompt] = random_prompts([20])
+    plain_init, plain_forward = Qwen3DecoderLayer.__init__, Qwen3DecoderLayer.forward
+
+    def init(self, config, rotary_emb, index):
+        plain_init(self, config, rotary_emb, index)
+        self.index = index
+
+    def forward(self, positions, x):
+        return x if self.index == 3 else plain_forward(self, positions, x)
+
+    before, runner = tokens(folder, [prompt], kernels="plain")
+    assert len(proof.few_layers(runner.model).model.layers) == 3
+    monkeypatch.setattr(Qwen3DecoderLayer, "__init__", init)
+    monkeypatch.setattr(Qwen3DecoderLayer, "forward", forward)
+    plain, runner = tokens(folder, [prompt], kernels="plain")
+    assert len(proof.few_layers(runner.model).model.layers) == 6
+    assert tokens(folder, [prompt])[0] == plain != before

@@ -10,19 +10,9 @@ from fixtures import FAMILIES, hf_generate, make_checkpoint, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from tests.parity import logprobs, worst_difference
+from tests.ropes import LINEAR, LLAMA3, ORIGINAL, YARN
 
 NEW = 16
-ORIGINAL = 32  # the context that scaled models were "trained" on; prompts go past it
-
-
-def rope(kind, theta=1e4, **more):
-    return dict(rope_parameters={"rope_type": kind, "rope_theta": theta, **more})
-
-
-LLAMA3 = rope("llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=ORIGINAL)
-YARN = rope("yarn", factor=4.0, original_max_position_embeddings=ORIGINAL, beta_fast=4.0)
-LINEAR = rope("linear", factor=4.0)
 CASES = {  # what a case is about; the rest of its shape is drawn at random
     "untied": dict(tie_word_embeddings=False),
     "one-kv-head": dict(num_attention_heads=4, num_key_value_heads=1, tie_word_embeddings=True),
