@@ -1,4 +1,4 @@
-"""What a reader may change in a taught class: (class, another forward). No fast code knows of it."""
+"""Changes that a reader may make: (taught class, another forward), which no fast code knows."""
 
 import torch
 
