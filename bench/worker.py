@@ -28,6 +28,11 @@ class Jobs:
         from bench.machine import probe
         return probe(**job)
 
+    def bandwidth(self, device: str) -> float:
+        """Bytes a second of the memory."""
+        from bench.machine import measure_bandwidth
+        return measure_bandwidth(device)
+
     def to_gguf(self, **job) -> None:
         """Write a model as a file for llama.cpp."""
         from bench.to_gguf import write_gguf

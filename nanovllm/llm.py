@@ -82,52 +82,6 @@ class LLM(LLMEngine):
                 self._check_open()
                 self._run_step()
 
-    def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
-             chat_template_kwargs: dict | None = None) -> list[dict]:
-        """Answer conversations, put into the model's own layout by its chat template.
-
-        messages: one conversation, a list of {"role": ..., "content": ...}, or a list of such.
-        chat_template_kwargs: what the template knows, such as {"enable_thinking": False}. The rest
-        is as in `generate`. ValueError without a template, or if it refuses the messages.
-        """
-        self._check_open()
-        if not isinstance(messages, (list, tuple)):
-            raise TypeError('messages must be a list of {"role": ..., "content": ...} or a list of '
-                            f"such lists, got {type(messages).__name__}")
-        one = len(messages) > 0 and isinstance(messages[0], dict)
-        prompts = [self._apply_chat_template(conversation, chat_template_kwargs or {})
-                   for conversation in ([messages] if one else messages)]
-        return self.generate(prompts, sampling_params, use_tqdm)
-
-    def _apply_chat_template(self, messages: list[dict], kwargs: dict) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins."""
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError("messages: the checkpoint has no chat template (or no tokenizer); "
-                             "write the prompt yourself and use generate")
-        try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                      return_dict=False, **kwargs)
-        except Exception as error:  # whatever the template's author had it raise
-            raise ValueError(f"messages: the chat template refuses them: {error}") from error
-
-    def default_sampling_params(self, **changes) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends; `changes` go before it."""
-        given = read_generation_config(self.config.model)
-        if given is None:
-            return SamplingParams(**changes)
-        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-                 "max_new_tokens": "max_tokens"}
-        found = {ours: given[theirs] for theirs, ours in names.items()
-                 if given.get(theirs) is not None}
-        if not given.get("do_sample"):
-            found["temperature"] = 0
-        ignored = [name for name, neutral in (("repetition_penalty", 1.0), ("min_p", 0.0),
-                                              ("typical_p", 1.0), ("no_repeat_ngram_size", 0))
-                   if given.get(name) not in (None, neutral)]
-        if ignored:
-            logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
-        return SamplingParams(**{**found, **changes})
-
     def stream(self, prompt: str | list[int],
                sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The completion of one prompt, piece by piece; the pieces add up to its text.
@@ -157,3 +111,49 @@ class LLM(LLMEngine):
                     self._step_for(request)
         finally:
             self.abort(request_id)
+
+    def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
+             chat_template_kwargs: dict | None = None) -> list[dict]:
+        """Answer conversations, put into the model's own layout by its chat template.
+
+        messages: one conversation, a list of {"role": ..., "content": ...}, or a list of such.
+        chat_template_kwargs: what the template knows, such as {"enable_thinking": False}. The rest
+        is as in `generate`. ValueError without a template, or if it refuses the messages.
+        """
+        self._check_open()
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError('messages must be a list of {"role": ..., "content": ...} or a list of '
+                            f"such lists, got {type(messages).__name__}")
+        one = len(messages) > 0 and isinstance(messages[0], dict)
+        prompts = [self._apply_chat_template(conversation, chat_template_kwargs or {})
+                   for conversation in ([messages] if one else messages)]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def _apply_chat_template(self, messages: list[dict], kwargs: dict) -> list[int]:
+        """Token ids of a conversation, up to where the answer begins."""
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError("messages: the checkpoint has no chat template (or no tokenizer); "
+                             "write the prompt yourself and use generate")
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                      return_dict=False, **kwargs)
+        except Exception as error:  # whatever the template's author had it raise
+            raise ValueError(f"messages: the chat template refuses them: {error}") from error
+
+    def default_sampling_params(self, **changes) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends, with these `changes`."""
+        given = read_generation_config(self.config.model)
+        if given is None:
+            return SamplingParams(**changes)
+        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
+                 "max_new_tokens": "max_tokens"}
+        found = {ours: given[theirs] for theirs, ours in names.items()
+                 if given.get(theirs) is not None}
+        if not given.get("do_sample"):
+            found["temperature"] = 0
+        ignored = [name for name, neutral in (("repetition_penalty", 1.0), ("min_p", 0.0),
+                                              ("typical_p", 1.0), ("no_repeat_ngram_size", 0))
+                   if given.get(name) not in (None, neutral)]
+        if ignored:
+            logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
+        return SamplingParams(**{**found, **changes})

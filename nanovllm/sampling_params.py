@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose the tokens of one request; a value that cannot be meant is a ValueError."""
+    """How to choose the tokens of one request; a wrong value is a ValueError that names it."""
     temperature: float = 1.0          # 0 = greedy (argmax); below 1 sharper, above 1 flatter
     top_k: int = 0                    # draw among the k likeliest; 0 = all
     top_p: float = 1.0                # draw among the fewest that hold this much probability

@@ -4,8 +4,12 @@ Figures have a light, opaque background of their own, so that they read the same
 and on a dark one.
 """
 
+import io
+
 import matplotlib.pyplot as plt
+from IPython.display import Image, display
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image as Pixels
 
 PAPER, INK, FAINT, GRID = "#fbfaf6", "#22303c", "#8a949c", "#dcd8cd"
 BLUE, ORANGE, GREEN, RED = "#3b78b5", "#e08a2c", "#4a9a5f", "#c8504b"
@@ -110,6 +114,22 @@ MAP_ARROWS = [
 ]
 
 
+def png(fig):
+    """A figure as a PNG of at most 64 colours, a third of the bytes; the figure is closed."""
+    drawn, small = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, format="png")
+    plt.close(fig)
+    with Pixels.open(drawn) as pixels:
+        pixels.convert("RGB").quantize(64, dither=Pixels.Dither.NONE).save(small, "PNG",
+                                                                         optimize=True)
+    return small.getvalue()
+
+
+def show(alt, fig=None):
+    """Show the figure that was drawn last; `alt` says what it shows, for those who cannot see."""
+    display(Image(png(fig or plt.gcf())), metadata={"image/png": {"alt": alt}})
+
+
 def engine_map(day):
     """The whole engine as boxes: those of `day` lit, earlier days' plain, later days' dashed."""
     fig, ax = canvas(3.9, xlim=(-0.05, 10.05), ylim=(-0.3, 9.6),
@@ -125,4 +145,5 @@ def engine_map(day):
         note(ax, x + w / 2, y + 1.0, name, ink, 9.5, "center", fontweight="bold" if lit else None)
         when = f"day {', '.join(map(str, days))}" if days else "appendices A, B"
         note(ax, x + w / 2, y + 0.42, f"{module} · {when}" if module else when, ink, 7.5, "center")
-    plt.show()
+    show(f"The parts of the engine as boxes with arrows between them; those of day {day} are lit: "
+         + ", ".join(name for name, _, days, *_ in ENGINE_MAP if day in days))

@@ -4,7 +4,7 @@
 
 __all__ = [
     "logger", "TOLERANCE", "kind_of", "few_layers", "probe_steps", "answers", "difference",
-    "with_fast_path",
+    "agrees", "with_fast_path",
 ]
 
 import copy
@@ -112,11 +112,27 @@ def difference(found: list[torch.Tensor], taught: list[torch.Tensor]) -> float:
     return worst
 
 
+def agrees(what: str, found: Callable[[], list[torch.Tensor]], taught: list[torch.Tensor],
+           allowed: float, group=None) -> bool:
+    """Whether what `found` gives is near enough to `taught`, on all ranks; else the log says why.
+
+    what: how the log calls it. group: the ranks that must come to one decision.
+    """
+    try:
+        off = difference(found(), taught)
+        why = f"its results are off by {off:.2g} of a hidden state, and {allowed:.2g} is allowed"
+    except Exception as error:
+        off, why = torch.inf, f"it fails: {type(error).__name__}: {error}"
+    agreed = off <= allowed if group is None else bool(group.minimum(int(off <= allowed)))
+    if not agreed:
+        logger.warning("%s is not used, the layers as they are written are: %s", what, why)
+    return agreed
+
+
 def with_fast_path(runner, model: nn.Module) -> tuple[nn.Module, AttentionBackend]:
     """The model and the backend that `runner` is to use: fast ones, as far as they are right.
 
-    Those that differ from the taught ones are left out, with a line in the log; so are all of them
-    with Config(kernels="plain").
+    Those that differ from the taught ones are left out; so are all with Config(kernels="plain").
     """
     config, device, backend, group = runner.config, runner.device, runner.backend, runner.group
     if config.kernels == "plain":
@@ -125,26 +141,14 @@ def with_fast_path(runner, model: nn.Module) -> tuple[nn.Module, AttentionBacken
     runner.block_size = min(runner.block_size, 256)  # every backend takes it, and the pool is small
     steps = probe_steps(runner, max_positions(config.hf_config) or config.max_model_len)
     run = lambda model, backend: answers(model, backend, runner.block_size, steps, device)
-    taught, allowed = run(few_layers(model), SDPABackend()), TOLERANCE[runner.dtype]
-
-    def agrees(what: str, make_fast: Callable[[], nn.Module], backend: AttentionBackend) -> bool:
-        try:
-            off = difference(run(make_fast(), backend), taught)
-            why = (f"its results are off by {off:.2g} of a hidden state, and {allowed:.2g} "
-                   "is allowed")
-        except Exception as error:
-            off, why = torch.inf, f"it fails: {type(error).__name__}: {error}"
-        agreed = off <= allowed if group is None else bool(group.minimum(int(off <= allowed)))
-        if not agreed:
-            logger.warning("%s is not used, the layers as they are written are: %s", what, why)
-        return agreed
-
+    against = run(few_layers(model), SDPABackend()), TOLERANCE[runner.dtype], group
     if type(backend) is not SDPABackend and not agrees(
-            f"attention_backend {backend.name!r}", lambda: few_layers(model), backend):
+            f"attention_backend {backend.name!r}",
+            lambda: run(few_layers(model), runner.backend), *against):
         backend = SDPABackend()
     name = "gpu" if device.type == "cuda" or backend.name == "triton" else "cpu"
     room = find_room(name)
-    if room is not None and agrees(f"nanovllm/{name}",
-                                   lambda: room.optimize(few_layers(model), group), backend):
+    if room is not None and agrees(f"nanovllm/{name}", lambda: run(
+            room.optimize(few_layers(model), group), backend), *against):
         model = room.optimize(model, group)
     return model, backend

@@ -104,7 +104,7 @@ def find_eos_token_ids(config: Config, tokenizer) -> frozenset[int]:
 
 
 def encode_prompt(prompt: str | list[int], tokenizer, vocab_size: int) -> list[int]:
-    """Token ids of a prompt. TypeError or ValueError if it is none that the model knows."""
+    """Token ids of a prompt. TypeError or ValueError for one that the model cannot read."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("prompt is text, and the model's folder holds no tokenizer; "

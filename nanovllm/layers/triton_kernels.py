@@ -15,7 +15,7 @@ def _copy_row(source_ptr, cache_ptr, token, slot, source_stride, source_head_str
     """Copy one token's [HEADS, D] to its slot; `token` and `slot` are int64."""
     lane = tl.arange(0, BLOCK)               # BLOCK: the power of two that holds HEADS * D
     head, d = lane // D, lane % D
-    mask = (lane < HEADS * D) & (slot >= 0)  # a negative slot is nobody's: skip it
+    mask = (lane < HEADS * D) & (slot >= 0)  # a negative slot belongs to no token: skip it
     row = tl.load(source_ptr + token * source_stride + head * source_head_stride + d, mask=mask)
     tl.store(cache_ptr + slot * slot_stride + head * cache_head_stride + d, row, mask=mask)
 
