@@ -5,6 +5,7 @@ import random
 import torch
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.sequence import Sequence
+from nanovllm.sampling_params import SamplingParams
 
 from turns import Wrong, turn
 
@@ -148,6 +149,13 @@ def online_softmax(written):
             raise Wrong(f"scores {shown} in tiles of {tile}: o / l is "
                         f"{[round(x, 4) for x in got.flatten().tolist()]}, right is "
                         f"{[round(x, 4) for x in want.tolist()]}", hint)
+    got = written(torch.tensor(3.), torch.tensor(1.1353), torch.tensor([21.353]), row[2:4],
+                  values[2:4])
+    got = [round(float(x), 3) for x in got]
+    if any(abs(x - y) > 2e-3 for x, y in zip(got, (5, 1.2034, 44.383), strict=True)):
+        raise Wrong(f"m 3, l 1.1353, o [21.353], scores [2, 5], values [[30], [40]]: (m, l, o) "
+                    f"is {got}, right is [5, 1.203, 44.383]; o / l alone is right",
+                    "m is the maximum so far; l and o are the sums over exp(s − m)")
 
 
 @turn
@@ -186,6 +194,7 @@ def fork(written):
         return manager, seq
 
     manager, seq = parent(8, [1] * 6, 6)
+    seq.sampling_params = SamplingParams(max_tokens=5)
     seq.append_token(9)
     child, copy = written(manager, seq)
     full, last = seq.block_table
@@ -203,15 +212,28 @@ def fork(written):
         raise Wrong(f"the child's answer is {child.completion_token_ids}, computed "
                     f"{child.num_computed_tokens}; right is [9] and 6",
                     "make it from prompt_token_ids, then set token_ids and num_computed_tokens")
+    if child.sampling_params != seq.sampling_params:
+        raise Wrong("the child has other sampling parameters", "Sequence takes them as well")
+    child.append_token(8)
+    if seq.completion_token_ids != [9]:
+        raise Wrong("a token of the child's stands in the parent's answer too",
+                    "copy the list of tokens: two sequences must not share one")
     manager, seq = parent(8, [1] * 8, 8)
     if written(manager, seq)[1] is not None:
         raise Wrong("8 tokens computed, blocks of 4: no copy is due",
                     "None where no block is part full")
     manager, seq = parent(8, [1] * 12, 4)
-    child, _ = written(manager, seq)
+    child, copy = written(manager, seq)
+    if copy is not None:
+        raise Wrong(f"4 of 12 tokens computed, blocks of 4: the copy is {copy}, right is None",
+                    "None where no block is part full")
     if len(child.block_table) != 3 or set(child.block_table) & set(seq.block_table[1:]):
         raise Wrong(f"4 of 12 tokens computed: tables {seq.block_table} and {child.block_table}",
                     "blocks that are not computed yet must be private, and there must be as many")
+    manager, seq = parent(3, [1] * 6, 6)
+    if written(manager, seq) is None:
+        raise Wrong("one block is due and one is free: None, right is a child",
+                    "None only where more blocks are due than are free")
     manager, seq = parent(2, [1] * 6, 6)
     if written(manager, seq) is not None or [b.ref_count for b in manager.blocks] != [1, 1]:
         raise Wrong(f"a full pool: counts are {[b.ref_count for b in manager.blocks]}",
