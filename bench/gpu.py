@@ -2,8 +2,9 @@
 
     python -m bench.gpu decode OUT.json      share of the memory's limit, without each part in turn
     python -m bench.gpu parallel OUT.json    one GPU and two: time of a step, share of the sums
+    python -m bench.gpu sampled OUT.json     a step and nano-vLLM's benchmark, greedy and sampled
 
-It takes two and four minutes. Models have random weights in the shape of Qwen3.
+It takes two to four minutes. Models have random weights in the shape of Qwen3.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ WITHOUT = {  # what is switched off -> settings
     "CUDA Graphs": dict(enforce_eager=True), "fast kernels": dict(kernels="plain")}
 
 
-def decode_seconds(llm, rows: int, prompt: int, new: int, seed: int = 0) -> float:
-    """Median seconds of a step in which `rows` sequences decode, host work included."""
-    laps = list(decode_steps(llm, rows, prompt, new, seed))
+def decode_seconds(llm, rows: int, prompt: int, new: int, seed: int = 0, **wish) -> float:
+    """Median seconds of a step in which `rows` sequences decode, host work included.
+
+    wish: fields of SamplingParams; nothing means greedy.
+    """
+    laps = list(decode_steps(llm, rows, prompt, new, seed, **wish))
     return statistics.median(laps[-new + 3:-2])
 
 
-def decode_steps(llm, rows: int, prompt: int, new: int, seed: int = 0):
+def decode_steps(llm, rows: int, prompt: int, new: int, seed: int = 0, **wish):
     """Seconds of each step until `rows` random prompts have `new` tokens each."""
     from nanovllm import SamplingParams
     rng = random.Random(seed)
-    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
+    params = SamplingParams(**{"temperature": 0, **wish}, max_tokens=new, ignore_eos=True)
     for _ in range(rows):
         llm.add_request([rng.randrange(150_000) for _ in range(prompt)], params)
     while not llm.is_finished():
@@ -66,6 +70,43 @@ def measure_decode(out: Path) -> dict:
                     print(name, report[name], flush=True)
             torch.cuda.empty_cache()
     return {"bytes_per_s": speed, **report}
+
+
+WISHES = {"greedy": {}, "temperature 0.6": dict(temperature=.6),
+          "temperature 0.6, top-k 20, top-p 0.95": dict(temperature=.6, top_k=20, top_p=.95),
+          "temperature 0.6, a seed": dict(temperature=.6, seed=7)}
+
+
+def measure_sampled(out: Path) -> dict:
+    """A decode step and nano-vLLM's benchmark with several wishes; tokens/s of each call."""
+    from bench.workloads import make_workload
+    from nanovllm import LLM, SamplingParams
+    report = {}
+    folder = make_model_folder("qwen3-0.6b", Path(tempfile.mkdtemp(prefix="nanovllm-")))
+    start = time.perf_counter()
+    with LLM(str(folder), device="cuda", load_format="dummy", max_num_seqs=256) as llm:
+        report["start_s"] = time.perf_counter() - start
+        print("start", report["start_s"], flush=True)
+
+        def workload(run: int, wish: dict) -> float:
+            todo = make_workload("nano-vllm", 1.0, run=run)
+            params = [SamplingParams(**{"temperature": 0, **wish}, max_tokens=r["max_tokens"],
+                                     ignore_eos=True) for r in todo]
+            began = time.perf_counter()
+            llm.generate([r["prompt"] for r in todo], params, use_tqdm=False)
+            return sum(r["max_tokens"] for r in todo) / (time.perf_counter() - began)
+
+        names = ["temperature 0.6", "temperature 0.6, top-k 20, top-p 0.95", "greedy"]
+        for run, name in enumerate([names[0], *names, *names]):     # the first of the process once
+            rate = workload(run, WISHES[name])
+            report.setdefault(f"nano-vllm, {name}, tokens/s", []).append(rate)
+            print("nano-vllm", name, round(rate), flush=True)
+        for rows in (1, 8, 32, 128, 256):
+            for name, wish in WISHES.items():
+                ms = 1e3 * decode_seconds(llm, rows, 512, 64, **wish)
+                report[f"{rows} rows, {name}, ms"] = ms
+                print(rows, "rows", name, f"{ms:.3f} ms", flush=True)
+    return report
 
 
 def measure_parallel(out: Path) -> dict:
@@ -142,7 +183,7 @@ def draw_trace(events: list[tuple[float, float, bool]], picture: Path, title: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = {"decode": measure_decode, "parallel": measure_parallel}
+    what = {"decode": measure_decode, "parallel": measure_parallel, "sampled": measure_sampled}
     parser.add_argument("what", choices=what)
     parser.add_argument("out", type=Path, metavar="OUT.json")
     args = parser.parse_args()

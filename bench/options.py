@@ -22,8 +22,8 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME",
         help=", ".join(WORKLOADS) + " (default: nano-vllm)")
     add("--ablate", action="store_true", help="this engine with each feature switched off in turn")
-    add("--soak", type=float, metavar="MINUTES", help="random requests, aborts and bad requests "
-        "for so long: does it lose memory or blocks?")
+    add("--soak", type=float, metavar="MINUTES", help="random requests, aborts, bad requests "
+        "and signals for so long: are memory, blocks and requests lost, and are tokens right?")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="a checkpoint (default: the bundled demo model)")
     add("--shape", choices=SHAPES, help="random weights: " + ", ".join(SHAPES))

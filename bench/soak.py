@@ -1,9 +1,10 @@
-"""The leak hunt: random requests, aborts and bad requests, while memory and blocks are watched."""
+"""The leak hunt and the gate: whatever may happen to an engine happens, and nothing may be lost."""
 
 from __future__ import annotations
 
 import gc
 import random
+import signal
 import time
 
 from bench.machine import memory_now
@@ -12,13 +13,34 @@ from bench.options import engine_list
 from bench.process import Worker
 
 
+class Struck(Exception):
+    """What the signal handler raises, at any line."""
+
+
+def strike(*args):
+    """The handler of SIGALRM."""
+    raise Struck
+
+
+class Reader:
+    """Holds a stream and knows itself, so that only the garbage collector ends it."""
+
+    def __init__(self, stream):
+        self.stream, self.me = stream, self
+
+
 class Soak:
-    """An engine with a pool too small for what is asked of it. Runs in a worker."""
+    """An engine with a pool too small for what is asked of it. Runs in a worker.
+
+    It compares its books after every step. Some requests are known: their tokens must be those
+    that they got before anything else had happened.
+    """
 
     def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, seed: int,
                  settings: dict):
         from nanovllm import LLM
-        small = {"num_kvcache_blocks": 40, "max_num_seqs": 16, "max_num_batched_tokens": 128}
+        small = {"check_books": True, "num_kvcache_blocks": 40, "max_num_seqs": 16,
+                 "max_num_batched_tokens": 128}
         self.llm = LLM(model, device=device, dtype=dtype,
                        load_format="dummy" if is_dummy else "auto", **{**small, **settings})
         self.device, self.rng, self.pool = device, random.Random(seed), self.llm.block_manager
@@ -28,9 +50,24 @@ class Soak:
         self.bad = [([], {}), ([10**9], {}), ([1] * too_long, {}), (3.5, {}), ([1, "two"], {}),
                     ([1, 2], {"max_tokens": 0}), ([1, 2], {"temperature": -1}),
                     ([1, 2], {"top_p": 2})]
-        self.active, self.samples = set(), []
+        self.active, self.samples = {}, []   # request id -> its tokens, where they are known
         self.counts = dict.fromkeys(
-            ("requests", "finished", "aborted", "refused", "streams", "tokens"), 0)
+            ("requests", "finished", "failed", "aborted", "refused", "streams", "forgotten",
+             "hostile", "signals", "known", "tokens"), 0)
+        self.known = [self._known(prompt) for prompt in self.prefixes]
+
+    def _known(self, prefix: list[int]) -> tuple:
+        """A prompt, greedy parameters, and the tokens that follow."""
+        from nanovllm import SamplingParams
+        prompt, params = prefix + self._tokens(9), SamplingParams(temperature=0, max_tokens=30)
+        return prompt, params, self.llm.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+
+    def _hostile(self) -> tuple:
+        """A request that passes every check and makes each of its steps fail."""
+        prompt, params = self._request()
+        object.__setattr__(params, "temperature", "hot")
+        self.counts["hostile"] += 1
+        return prompt, params
 
     def _tokens(self, n: int) -> list[int]:
         vocab = min(1000, self.llm.config.hf_config.vocab_size)
@@ -57,31 +94,79 @@ class Soak:
         else:
             raise RuntimeError(f"accepted {str(prompt)[:30]} with {params}")
 
+    def _add(self, prompt, params, tokens: list[int] | None = None) -> None:
+        self.active[self.llm.add_request(prompt, params)] = tokens
+        self.counts["requests"] += 1
+
+    def _abort(self) -> None:
+        """A signal may come when it is done: then it is over all the same."""
+        request_id = self.rng.choice(sorted(self.active))
+        try:
+            self.llm.abort(request_id)
+        finally:
+            if request_id not in self.llm.requests and self._is_unreported(request_id):
+                del self.active[request_id]
+                self.counts["aborted"] += 1
+
+    def _is_unreported(self, request_id: int) -> bool:
+        """Whether no step has its output, for the next step() to tell."""
+        return not any(out.request_id == request_id and out.output for out in self.llm._unclaimed)
+
+    def _stream(self) -> None:
+        """A reader who goes away, and closes the stream or leaves it to the garbage collector."""
+        stream = self.llm.stream(*self._request())
+        next(stream, None)
+        if self.rng.random() < 0.5:
+            stream.close()
+            self.counts["streams"] += 1
+        else:
+            Reader(stream)
+            self.counts["forgotten"] += 1
+
     def _act(self) -> None:
         """A new request, an abort, a bad request, a stream that is broken off, or nothing."""
-        llm, counts, event = self.llm, self.counts, self.rng.random()
+        llm, event = self.llm, self.rng.random()
         if event < 0.5 and len(self.active) < 24:
-            self.active.add(llm.add_request(*self._request()))
-            counts["requests"] += 1
+            if event < 0.1:
+                self._add(*self.rng.choice(self.known))
+            else:
+                self._add(*(self._hostile() if event < 0.11 else self._request()))
         elif event < 0.53 and self.active:
-            request_id = self.rng.choice(sorted(self.active))
-            if llm.abort(request_id) is not None:
-                self.active.remove(request_id)
-                counts["aborted"] += 1
+            self._abort()
         elif event < 0.58:
             self._refuse()
         elif event < 0.59 and llm.tokenizer is not None:
-            stream = llm.stream(*self._request())
-            next(stream, None)
-            stream.close()  # the reader has gone away
-            counts["streams"] += 1
+            self._stream()
 
     def _step(self) -> None:
         for out in self.llm.step():
             self.counts["tokens"] += len(out.token_ids)
             if out.output is not None:
-                self.active.discard(out.request_id)
-                self.counts["finished"] += 1
+                self._end(out.output)
+
+    def _end(self, output: dict) -> None:
+        """Count a request that is over. RuntimeError for tokens that are wrong."""
+        tokens = self.active.pop(output["request_id"])
+        self.counts["failed" if output["finish_reason"] == "error" else "finished"] += 1
+        if tokens is not None:
+            self.counts["known"] += 1
+            if output["token_ids"] != tokens:
+                raise RuntimeError(f"request {output['request_id']} got {output['token_ids']}, "
+                                   f"and {tokens} is right")
+
+    def _turn(self) -> None:
+        """Something happens, and a step; in one of ten a signal comes at a random time."""
+        try:
+            if self.rng.random() < 0.1:
+                signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(1e-5, 5e-3))
+            try:
+                self._act()
+                self._step()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Struck:
+            self.counts["signals"] += 1
+            self.llm.check_books()
 
     def _sample(self, now: float) -> None:
         """Write down what is held."""
@@ -94,8 +179,10 @@ class Soak:
     def run(self, seconds: float, tell) -> dict:
         """Samples of memory over time, and what happened.
 
-        RuntimeError if the engine keeps a block or a request, or accepts one that cannot work.
+        RuntimeError if the engine keeps a block or a request, loses one, gives wrong tokens, or
+        accepts a request that cannot work.
         """
+        signal.signal(signal.SIGALRM, strike)
         memory_now(self.device)  # what it imports is no leak
         gc.collect()
         gc.freeze()  # what is there now is not looked at again: only what comes from here on counts
@@ -104,19 +191,49 @@ class Soak:
             if not self.samples or now - self.samples[-1]["seconds"] > min(1.0, seconds / 20):
                 self._sample(now)
                 tell(progress=int(now))
-            self._act()
-            self._step()
+            self._turn()
         while not llm.is_finished():
             self._step()
         self._sample(time.perf_counter() - start)
         if pool.num_free_blocks != pool.num_blocks or llm.requests:
             raise RuntimeError(f"{pool.num_used_blocks} blocks are still held, and "
                                f"{len(llm.requests)} requests still known")
+        over = sum(self.counts[name] for name in ("finished", "failed", "aborted"))
+        if self.active or over != self.counts["requests"]:
+            raise RuntimeError(f"{len(self.active)} requests were lost; {self.counts}")
         stats = {name: getattr(llm.stats, name)
                  for name in ("steps", "preemptions", "peak_blocks", "cached_tokens")}
         llm.close()
         return {"samples": self.samples, "num_blocks": pool.num_blocks,
                 "free_blocks": pool.num_free_blocks, **self.counts, **stats}
+
+
+def kill_workers(model: str, times: int) -> int:
+    """Kill a worker of an engine with two ranks, so often. Runs in a worker.
+
+    RuntimeError if that is no error within the time limit, or if a process is left.
+    """
+    import psutil
+    from nanovllm import LLM, SamplingParams
+    wish = SamplingParams(max_tokens=2000, ignore_eos=True)
+    for _ in range(times):
+        before = {child.pid for child in psutil.Process().children(recursive=True)}
+        with LLM(model, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=200) as llm:
+            llm.add_request([1, 2, 3], wish)
+            llm.step()
+            workers = [child for child in psutil.Process().children(recursive=True)
+                       if child.pid not in before]
+            workers[0].kill()
+            start = time.perf_counter()
+            try:
+                while time.perf_counter() - start < 60:
+                    llm.step()
+                raise AssertionError("a worker was killed, and 60 s later steps go on")
+            except RuntimeError:
+                pass                                # which says that a worker has ended
+        if left := psutil.wait_procs(workers, timeout=10)[1]:
+            raise AssertionError(f"{len(left)} workers outlive their engine")
+    return times
 
 
 def run_soak(args, model: Model) -> dict:
@@ -131,6 +248,11 @@ def run_soak(args, model: Model) -> dict:
                             is_dummy=model.is_dummy, seconds=seconds, seed=args.seed,
                             settings=settings)
     result["settle"] = min(60.0, seconds / 4)  # memory may grow until then
+    result["worker_deaths"] = 0
+    if args.device == "cpu" and args.soak >= 1:     # engines with several ranks take long to start
+        with Worker(threads=1) as worker:
+            result["worker_deaths"] = worker.ask("kill_workers", patience=120 * args.soak,
+                                                 model=model.folder, times=int(args.soak))
     print_soak(result)
     return result
 
@@ -150,10 +272,14 @@ def drift(result: dict, name: str) -> float:
 def print_soak(result: dict) -> None:
     """What happened, and whether memory stayed where it was."""
     after, last, settle = settled(result)[0], result["samples"][-1], result["settle"]
-    print(f"{last['seconds']:.0f} s: {result['requests']:,} requests, {result['finished']:,} "
-          f"finished, {result['aborted']:,} aborted, {result['refused']:,} bad ones refused, "
-          f"{result['streams']:,} streams broken off, {result['preemptions']:,} preemptions, "
-          f"{result['steps']:,} steps, {result['tokens']:,} tokens")
+    print(f"{last['seconds']:.0f} s: {result['requests']:,} requests = {result['finished']:,} "
+          f"finished + {result['aborted']:,} aborted + {result['failed']:,} ended by their own "
+          f"error; {result['known']:,} with known tokens, all right; {result['refused']:,} bad "
+          f"ones refused, {result['streams']:,} streams broken off, "
+          f"{result['forgotten']:,} forgotten; "
+          f"{result['signals']:,} signals, {result['worker_deaths']} worker deaths; "
+          f"{result['preemptions']:,} preemptions, {result['steps']:,} steps, "
+          f"{result['tokens']:,} tokens")
     print(f"blocks: {result['free_blocks']} of {result['num_blocks']} free at the end, "
           f"{result['peak_blocks']} in use at the peak")
     for name in ("rss", "gpu_allocated", "gpu_reserved"):

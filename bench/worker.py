@@ -43,6 +43,11 @@ class Jobs:
         from bench.soak import Soak
         return Soak(**job).run(seconds, self.tell)
 
+    def kill_workers(self, **job) -> int:
+        """Kill workers of engines with several ranks; here, where no memory is watched."""
+        from bench.soak import kill_workers
+        return kill_workers(**job)
+
     def open(self, engine: str, device: str, **job) -> dict:
         """Load an engine."""
         from bench.engines import engine_class

@@ -10,9 +10,10 @@ from time import perf_counter
 
 from tqdm.auto import tqdm
 
+from .engine.chat import chat_settings, no_endless_template, with_plain_content
 from .engine.llm_engine import LLMEngine
 from .engine.outputs import Request
-from .engine.text import read_generation_config
+from .engine.text import recommended_params
 from .sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
@@ -28,7 +29,8 @@ class LLM(LLMEngine):
         """Complete all prompts; their outputs in the order of the prompts.
 
         prompts: a string, or a list of strings and lists of token ids. sampling_params: None, one
-        for all, or a list with one each. Nothing is queued if any of them cannot work.
+        for all, or a list with one each. Nothing is queued if any of them cannot work. One that
+        fails later has finish_reason "error" or "nan", and says more in its "error".
         """
         self._check_open()
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -40,12 +42,13 @@ class LLM(LLMEngine):
                             "prompt is [[1, 2, 3]]")
         requests = [self._make_request(prompt, params, is_private=True) for prompt, params
                     in zip(prompts, self._params_for_each(prompts, sampling_params))]
-        ids = self._add(requests)
+        ids = [request.seq.seq_id for request in requests]
         try:
+            self._add(requests)
             self._run_until_finished(requests, use_tqdm)
         finally:                       # after an error nothing of this call stays in the queue
-            for request_id in ids:
-                self.abort(request_id)
+            self._dropped.update(ids)
+            self._tidy_up()
         return [request.output for request in requests]
 
     def _params_for_each(self, prompts, sampling_params) -> list:
@@ -96,28 +99,33 @@ class LLM(LLMEngine):
 
     def _stream(self, request: Request) -> Iterator[str]:
         """Step until the request is over; yields what became certain."""
-        [request_id], shown = self._add([request]), 0
+        shown = 0
         try:
+            self._add([request])
             while True:
-                with self._lock:       # another thread's step may be adding text just now
-                    piece = request.detokenizer.certain_text()[shown:]
+                with self._turn():     # another thread's step may be adding text just now
+                    piece = request.certain_text()[shown:]
                     is_over = request.output is not None
                 if piece:
                     shown += len(piece)
                     yield piece
+                elif is_over and request.error:
+                    raise RuntimeError(f"the request has ended: {request.error}")
                 elif is_over:
                     return
                 else:
                     self._step_for(request)
-        finally:
-            self.abort(request_id)
+        finally:                       # perhaps in the middle of a step, by the garbage collector
+            self._dropped.add(request.seq.seq_id)
+            self._tidy_up()
 
     def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
              chat_template_kwargs: dict | None = None) -> list[dict]:
         """Answer conversations, put into the model's own layout by its chat template.
 
         messages: one conversation, a list of {"role": ..., "content": ...}, or a list of such.
-        chat_template_kwargs: what the template knows, such as {"enable_thinking": False}. The rest
+        chat_template_kwargs: what the template knows, such as {"enable_thinking": False}; with
+        {"continue_final_message": True} the last message is the beginning of the answer. The rest
         is as in `generate`. ValueError without a template, or if it refuses the messages.
         """
         self._check_open()
@@ -130,30 +138,20 @@ class LLM(LLMEngine):
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def _apply_chat_template(self, messages: list[dict], kwargs: dict) -> list[int]:
-        """Token ids of a conversation, up to where the answer begins."""
+        """Token ids of a conversation, up to where the answer begins or goes on."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("messages: the checkpoint has no chat template (or no tokenizer); "
                              "write the prompt yourself and use generate")
+        messages, settings = with_plain_content(messages), chat_settings(kwargs)
         try:
-            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                      return_dict=False, **kwargs)
+            with no_endless_template():
+                return self.tokenizer.apply_chat_template(messages, **settings)
         except Exception as error:  # whatever the template's author had it raise
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
     def default_sampling_params(self, **changes) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, with these `changes`."""
-        given = read_generation_config(self.config.model)
-        if given is None:
-            return SamplingParams(**changes)
-        names = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-                 "max_new_tokens": "max_tokens"}
-        found = {ours: given[theirs] for theirs, ours in names.items()
-                 if given.get(theirs) is not None}
-        if not given.get("do_sample"):
-            found["temperature"] = 0
-        ignored = [name for name, neutral in (("repetition_penalty", 1.0), ("min_p", 0.0),
-                                              ("typical_p", 1.0), ("no_repeat_ngram_size", 0))
-                   if given.get(name) not in (None, neutral)]
+        found, ignored = recommended_params(self.config.model)
         if ignored:
             logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
         return SamplingParams(**{**found, **changes})

@@ -4,7 +4,31 @@
 
 __all__ = ["SamplingParams"]
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from .utils.values import is_number, is_whole, plain, shown
+
+
+def _is_k(value) -> bool:
+    """None, or a whole number that is not negative."""
+    return value is None or is_whole(value) and value >= 0
+
+
+# parameter -> (whether a value can be meant, what it must be)
+_RULES_OF_PARAMS = {
+    "temperature": (lambda t: is_number(t) and 0 <= t < 1e30,  # what fp32 can divide by
+                    "be 0 (greedy) or a positive number below 1e30"),
+    "top_k": (lambda k: is_whole(k) and 0 <= k < 2**31,
+              "be a whole number below 2**31, 0 for no limit"),
+    "top_p": (lambda p: is_number(p) and 0 < p <= 1, "lie in (0, 1], 1 for no limit"),
+    "max_tokens": (lambda n: is_whole(n) and n >= 1, "be at least 1"),
+    "ignore_eos": (lambda flag: isinstance(flag, bool), "be True or False"),
+    "stop": (lambda texts: all(isinstance(text, str) and text for text in texts),
+             "hold non-empty strings"),
+    "seed": (lambda seed: seed is None or is_whole(seed) and -2**63 <= seed < 2**64,
+             "be a whole number of 64 bits, or None"),
+    **dict.fromkeys(("logprobs", "prompt_logprobs"), (
+        _is_k, "be a whole number, 0 for the token's own alone, or None"))}
 
 
 @dataclass(frozen=True)
@@ -23,26 +47,10 @@ class SamplingParams:
     def __post_init__(self):
         stop = () if self.stop is None else self.stop
         stop = tuple(stop) if isinstance(stop, (list, tuple, set, frozenset)) else (stop,)
-        object.__setattr__(self, "stop", stop)  # frozen: this is how it may set its own fields
-        is_number = isinstance(self.temperature, (int, float))
-        if not is_number or not 0 <= self.temperature < 1e30:  # what fp32 can divide by
-            raise ValueError("temperature must be 0 (greedy) or a positive number below 1e30, "
-                             f"got {self.temperature!r}")
-        if not isinstance(self.top_k, int) or not 0 <= self.top_k < 2**31:
-            raise ValueError("top_k must be a whole number below 2**31, 0 for no limit, "
-                             f"got {self.top_k!r}")
-        if not isinstance(self.top_p, (int, float)) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], 1 for no limit, got {self.top_p!r}")
-        is_whole = isinstance(self.max_tokens, int) and not isinstance(self.max_tokens, bool)
-        if not is_whole or self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens!r}")
-        if any(not isinstance(text, str) or not text for text in self.stop):
-            raise ValueError(f"stop must hold non-empty strings, got {self.stop!r}")
-        is_seed = isinstance(self.seed, int) and -2**63 <= self.seed < 2**64
-        if self.seed is not None and not is_seed:
-            raise ValueError("seed must be a whole number of 64 bits, or None")
-        for name in ("logprobs", "prompt_logprobs"):
-            k = getattr(self, name)
-            if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 0):
-                raise ValueError(f"{name} must be a whole number, 0 for the token's own alone, or "
-                                 f"None, got {k!r}")
+        given = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+        for name, value in {**given, "stop": stop}.items():
+            object.__setattr__(self, name, value)  # frozen: this is how it may set its own fields
+        for name, (is_valid, meaning) in _RULES_OF_PARAMS.items():
+            if not is_valid(getattr(self, name)):
+                raise ValueError(f"{name} must {meaning}, got {shown(getattr(self, name))}")
+        object.__setattr__(self, "temperature", float(self.temperature))  # 10**20 fits no int64

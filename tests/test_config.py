@@ -94,3 +94,18 @@ def test_no_further_than_a_sliding_window(tmp_path):
     with pytest.raises(ValueError, match="max_model_len=41.*sliding_window=40.*choose 40"):
         Config(folder, max_model_len=41)
     assert Config(folder, max_model_len=40).max_model_len == 40
+
+
+def test_a_wish_that_is_lowered_is_named(good, caplog):
+    with LLM(good[0], **{**SMALL, "max_model_len": 100_000}) as llm:
+        assert llm.config.max_model_len == 512
+        with pytest.raises(ValueError, match="max_model_len=512: shorten it; the model has no"):
+            llm.generate([[1] * 512], use_tqdm=False)
+    assert "max_model_len=100,000 is lowered to 512" in caplog.text
+
+
+def test_the_default_is_no_wish(good, caplog):
+    assert Config(good[0]).max_model_len == 512 and not caplog.text
+    with LLM(good[0], **SMALL) as llm:
+        with pytest.raises(ValueError, match="max_model_len=40: shorten it or raise max_model_len"):
+            llm.generate([[1] * 40], use_tqdm=False)

@@ -26,3 +26,16 @@ def test_one_stop_string_or_several():
     assert SamplingParams(stop="a").stop == ("a",) and SamplingParams(stop=["a", "b"]).stop == (
         "a", "b")
     assert SamplingParams().stop == ()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("ignore_eos", "no"), ("ignore_eos", 1), ("seed", True), ("top_k", True), ("temperature", True),
+    ("top_k", 10**4000), ("max_tokens", float("nan"))])
+def test_what_is_no_number_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        SamplingParams(**{name: value})
+
+
+def test_a_large_whole_temperature_is_a_float():
+    """As an int64 it would fit into no tensor, in the middle of everybody's step."""
+    assert type(SamplingParams(temperature=10**20).temperature) is float

@@ -32,11 +32,13 @@ CELLS = "-m tools.run_notebooks {0} --flags gpu --only-flagged --keep-going"
 STAGES = {  # GPUs -> stage -> (arguments for Python, seconds that it may take, runs with others)
     1: {"tokens": (f"{TESTS} tests/gpu/test_tokens.py", 200, True),
         "kernels": (f"{TESTS} tests/gpu/test_kernels.py", 200, True),
+        "sampling": (f"{TESTS} tests/gpu/test_sampling.py", 200, True),
         **{f"notebook_{name}": (CELLS.format(name), 240, True) for name in ("3", "4")},
         "memory": (f"{TESTS} tests/gpu/test_memory.py", 150, False),
         **{f"notebook_{name}": (CELLS.format(name), 240, False)       # they measure times
            for name in ("6", "7", "B")},
         "decode": ("-m bench.gpu decode OUT/decode.json", 200, False),
+        "sampled": ("-m bench.gpu sampled OUT/sampled.json", 200, False),
         "against_hf": (BENCH.format("against_hf") + " --shape qwen3-0.6b --scale 1 --engines "
                        "nanovllm hf --hf-batch 64 --limit 30", 160, False)},
     2: {"tests": (f"{TESTS} tests/gpu/test_parallel.py", 300, False),

@@ -161,6 +161,25 @@ class BlockManager:
         """The step failed: nothing that it was to write may be used."""
         self.pending_blocks.clear()
 
+    def reset(self) -> None:
+        """After an error: no table holds a block, and what was published is remembered."""
+        self.discard_pending()
+        kept = {b.hash: b for b in self.blocks if self.cached_blocks.get(b.hash) is b}
+        for block in self.blocks:
+            block.ref_count = 0
+            block.hash = block.hash if kept.get(block.hash) is block else None
+        self.cached_blocks = kept
+        order = list(dict.fromkeys([*self.free_blocks, *range(self.num_blocks)]))
+        order.sort(key=lambda i: self.blocks[i].hash is not None)  # stable: by use, as before
+        self.free_blocks = OrderedDict((i, self.blocks[i]) for i in order)
+
+    def forget(self, seq: Sequence) -> None:
+        """Nobody shall find what the blocks of this sequence hold."""
+        for block in (self.blocks[block_id] for block_id in seq.block_table):
+            if block.hash is not None:
+                del self.cached_blocks[block.hash]
+                block.hash = None
+
 
 def block_digest(parent: bytes, token_ids: list[int]) -> bytes:
     """Digest of a full block and of everything before it (through its parent's digest).

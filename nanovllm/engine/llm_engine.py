@@ -4,17 +4,18 @@
 
 __all__ = ["LLMEngine"]
 
-import difflib
-import threading
-from dataclasses import fields
 from pathlib import Path
 from time import perf_counter
 
-from ..config import Config
+from ..config import Config, max_positions
 from ..layers.sampler import Sampler
+from ..models.registry import get_model_class
 from ..sampling_params import SamplingParams
 from ..utils.rooms import find_room
+from .admission import check_logprobs, check_names
 from .block_manager import BlockManager
+from .books import Books
+from .culprits import find_culprits
 from .interrupts import interrupt_afterwards
 from .model_runner import ModelRunner
 from .outputs import EngineStats, Request, StepOutput, score
@@ -23,17 +24,7 @@ from .sequence import Sequence, SequenceStatus
 from .text import Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer
 
 
-def _check_names(settings: dict) -> None:
-    """TypeError for a setting that does not exist, with the one that was probably meant."""
-    known = [f.name for f in fields(Config) if f.init]
-    for name in settings:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else f". There are: {', '.join(known)}"
-            raise TypeError(f"{name!r} is not a setting of the engine{hint}")
-
-
-class LLMEngine:
+class LLMEngine(Books):
     """Requests go in at any time; every step moves all that run one token on.
 
     Any thread may use it: one step runs at a time. Settings are those of `Config`. TypeError for
@@ -41,26 +32,28 @@ class LLMEngine:
     """
 
     def __init__(self, model: str | Path | None = None, **settings):
-        _check_names(settings)
+        super().__init__()
+        check_names(settings)
         self.config = Config(model, **settings)
         self.tokenizer = load_tokenizer(self.config.model)
+        eos_token_ids = find_eos_token_ids(self.config, self.tokenizer)
         self.runner = self._make_runner()
-        self.block_manager = BlockManager(self.runner.num_blocks, self.runner.block_size,
-                                          self.config.enable_prefix_caching)
-        self.scheduler = Scheduler(self.block_manager, self.config.max_num_batched_tokens,
-                                   self.config.max_num_seqs, self.config.max_model_len,
-                                   find_eos_token_ids(self.config, self.tokenizer))
-        self.stepper = self._make_stepper()
-        self.sampler = Sampler(self.runner.device)
-        self.stats = EngineStats()
-        self.requests: dict[int, Request] = {}     # unfinished ones, by id
-        self._num_scored = 0                       # of them, those that ask for log-probabilities
-        self._unclaimed: list[StepOutput] = []     # for step(), from steps that others ran
-        self._lock = threading.RLock()             # held to change any of these
-        self._is_closed = False
+        try:
+            self.block_manager = BlockManager(self.runner.num_blocks, self.runner.block_size,
+                                              self.config.enable_prefix_caching)
+            self.scheduler = Scheduler(self.block_manager, self.config.max_num_batched_tokens,
+                                       self.config.max_num_seqs, self.config.max_model_len,
+                                       eos_token_ids)
+            self.stepper = self._make_stepper()
+            self.sampler = self._make_sampler()
+            self.stats = EngineStats()
+        except BaseException:                      # its processes must end
+            self.runner.close()
+            raise
 
     def _make_runner(self):
         """One process' runner, or the leader of several."""
+        get_model_class(self.config.hf_config)     # what is not supported is refused first
         if self.config.look_ahead and find_room("gpu") is None:
             raise ValueError("look_ahead=True needs nanovllm/gpu, which is not there; leave it out")
         if self.config.tensor_parallel_size == 1:
@@ -76,35 +69,34 @@ class LLMEngine:
         room = find_room("gpu") if wanted else None
         return self.runner if room is None else room.Lookahead(self.runner, self.scheduler)
 
-    def _check_open(self) -> None:
-        """RuntimeError after close()."""
-        if self._is_closed:
-            raise RuntimeError("the engine is closed; make a new one")
+    def _make_sampler(self) -> Sampler:
+        """What draws the tokens: kernels that draw as `Sampler` does, where they are wanted."""
+        device = self.runner.device
+        wanted = device.type == "cuda" and self.config.kernels == "auto"
+        room = find_room("gpu") if wanted else None
+        return Sampler(device) if room is None else room.make_sampler(self.runner)
 
     def close(self) -> None:
         """Give the memory back. Unfinished requests are dropped; a second call does nothing."""
-        with self._lock:
-            if not self._is_closed:
+        with self._lock, interrupt_afterwards():
+            self._must_close = self._in_turn       # a signal handler's wish: after the step
+            if not self._in_turn and not self._is_closed:
                 self._is_closed = True
                 self.requests.clear()
                 self._unclaimed.clear()
-                self.scheduler.waiting.clear()
-                self.scheduler.running.clear()
+                self.scheduler.rollback([])
                 self.runner.close()
                 del self.runner, self.stepper
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
     def _check_length(self, length: int) -> None:
         """ValueError for a prompt that can never run."""
         manager, limit = self.block_manager, self.config.max_model_len
         if length >= limit:
+            can_rise = limit < (max_positions(self.config.hf_config) or limit)
             raise ValueError(f"prompt has {length} tokens, which leaves none to generate below "
-                             f"max_model_len={limit}: shorten it or raise max_model_len")
+                             f"max_model_len={limit}: shorten it" + (
+                                 " or raise max_model_len" if can_rise
+                                 else "; the model has no more positions"))
         if (needed := manager.blocks_for(length)) > manager.num_blocks:
             raise ValueError(f"prompt needs {needed} KV-cache blocks and there are "
                              f"{manager.num_blocks}: shorten it or raise num_kvcache_blocks")
@@ -117,45 +109,66 @@ class LLMEngine:
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         token_ids = encode_prompt(prompt, self.tokenizer, self.config.hf_config.vocab_size)
         self._check_length(len(token_ids))
-        return Request(Sequence(token_ids, params), Detokenizer(self.tokenizer, params.stop),
-                       is_private)
+        check_logprobs(params, self.config.hf_config.vocab_size)
+        return Request(Sequence(token_ids, params),
+                       Detokenizer(self.tokenizer, params.stop, token_ids), is_private)
 
     def add_request(self, prompt: str | list[int],
                     sampling_params: SamplingParams | None = None) -> int:
         """Queue a prompt (text or token ids); the request's id. ValueError if it cannot work."""
-        return self._add([self._make_request(prompt, sampling_params, is_private=False)])[0]
+        request = self._make_request(prompt, sampling_params, is_private=False)
+        try:
+            self._add([request])
+        except BaseException:
+            self._dropped.add(request.seq.seq_id)    # its id will reach nobody
+            raise
+        return request.seq.seq_id
 
-    def _add(self, requests: list[Request]) -> list[int]:
-        """Queue requests that were checked; their ids."""
-        with self._lock:
+    def _add(self, requests: list[Request]) -> None:
+        """Queue requests that were checked."""
+        with self._turn():
+            self._check_open()
             for request in requests:
                 self.requests[request.seq.seq_id] = request
                 self._num_scored += request.is_scored
                 self.scheduler.add_sequence(request.seq)
-        return [request.seq.seq_id for request in requests]
 
     def _run_step(self) -> None:
         """Schedule, run, sample, book. After an error all requests stand where they stood."""
         start = perf_counter()
-        try:
-            with interrupt_afterwards():
-                batch = self.scheduler.schedule()
+        with self._turn() as signals:
+            if not (batch := self.scheduler.schedule()):
+                return
             used_blocks = self.block_manager.num_used_blocks
-            logits = self.stepper.run(batch)
-            tokens = self._sample(batch, logits)
-            if self._num_scored:       # the others do not pay for it
-                rows = [(row, self.requests[row.seq.seq_id]) for row in batch]
-                score(rows, logits, tokens, self.runner.logits_at)
-        except BaseException:          # Ctrl-C too
-            self.scheduler.rollback()
-            raise
-        with interrupt_afterwards():   # half booked is worse than not
+            try:
+                tokens = self._compute(batch, signals)
+            except Exception:
+                culprits = find_culprits(self.scheduler, batch, self._compute, signals)
+                for request_id, error in culprits.items():
+                    self.requests[request_id].error = error
+                if not culprits:
+                    raise
+                return self._recover()     # which ends them
             self.scheduler.postprocess(batch, tokens)
             for row in batch:
                 if row.samples:
                     self._report(self.requests[row.seq.seq_id])
             self.stats.preemptions = self.scheduler.num_preemptions
             self.stats.count(batch, used_blocks, perf_counter() - start)
+
+    def _compute(self, batch: list[ScheduledRow], signals: interrupt_afterwards) -> list[int]:
+        """Run and sample; signals come at once, since nothing of it is booked yet."""
+        try:
+            signals.let_in()
+            logits = self.stepper.run(batch)
+            tokens = self._sample(batch, logits)
+            if self._num_scored:       # the others do not pay for it
+                rows = [(row, self.requests[row.seq.seq_id]) for row in batch
+                        if row.seq.seq_id in self.requests]
+                score(rows, logits, tokens, self.runner.logits_at)
+            return tokens
+        finally:
+            signals.waits = True
 
     def _sample(self, batch: list[ScheduledRow], logits) -> list[int]:
         """A token for each row that is due one."""
@@ -166,44 +179,32 @@ class LLMEngine:
                               [seq.num_completion_tokens for seq in seqs])
         return self.stepper.collect(tokens, batch)
 
-    def _report(self, request: Request) -> None:
-        """Text of the newest token; ends the request at a stop string."""
-        seq, detokenizer = request.seq, request.detokenizer
-        before = 0 if request.is_private else len(detokenizer.certain_text())
-        detokenizer.append(seq.token_ids[-1])
-        if detokenizer.stopped and seq.status is not SequenceStatus.FINISHED:
-            self.scheduler.finish(seq, "stop")
-        output = self._conclude(request) if seq.status is SequenceStatus.FINISHED else None
-        if not request.is_private:
-            self._unclaimed.append(StepOutput(seq.seq_id, detokenizer.certain_text()[before:],
-                                              seq.token_ids[-1:], output,
-                                              request.logprobs and request.logprobs[-1]))
-
-    def _conclude(self, request: Request) -> dict:
-        """Forget a finished request; its output."""
-        self.stats.cached_tokens += request.seq.num_cached_tokens
-        self._num_scored -= request.is_scored
-        del self.requests[request.seq.seq_id]
-        return request.conclude()
-
     def abort(self, request_id: int) -> dict | None:
-        """End a request now: its output with finish_reason "abort", or None if it is over."""
+        """End a request now: its output with finish_reason "abort", or None if it is over.
+
+        In the middle of a step (a finalizer, a signal handler) it is ended after that; None too.
+        """
         with self._lock:
-            request = self.requests.get(request_id)
-            if request is None:
+            if self._in_turn:
+                self._dropped.add(request_id)
                 return None
-            self.scheduler.finish(request.seq, "abort")
-            return self._conclude(request)
+            with self._turn():
+                return self._end(request_id, "abort")
 
     def is_finished(self) -> bool:
         """Whether step() has nothing more to do or to report."""
-        return self.scheduler.is_finished() and not self._unclaimed
+        return not self.requests and not self._unclaimed
 
     def step(self) -> list[StepOutput]:
         """One forward pass; what it did for each request of add_request()."""
-        with self._lock:
-            self._check_open()
-            if not self.scheduler.is_finished():
-                self._run_step()
-            outputs, self._unclaimed = self._unclaimed, []
-            return outputs
+        outputs = []
+        try:
+            with self._lock:
+                self._check_open()
+                if self.requests:
+                    self._run_step()
+                outputs, self._unclaimed = self._unclaimed, []
+        except BaseException:
+            self._unclaimed[:0] = outputs      # they would reach nobody
+            raise
+        return outputs

@@ -4,6 +4,7 @@
 
 __all__ = ["DTYPES", "resolve_device", "resolve_dtype", "ModelRunner"]
 
+import os
 from contextlib import nullcontext
 
 import torch
@@ -15,7 +16,10 @@ from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, use_context
 from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
-from .kv_cache import CPU_CACHE_BYTES, affordable_blocks, free_memory, peak_bytes, zeros
+from ..utils.memory import memory_for
+from .kv_cache import (
+    CPU_CACHE_BYTES, affordable_blocks, check_weights_fit, free_memory, peak_bytes, zeros,
+)
 from .proof import with_fast_path
 from .scheduler import ScheduledRow
 
@@ -40,12 +44,17 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, hf_config) -> torch.dtype:
     """The dtype that `name` means, "auto" being the checkpoint's; ValueError if it is unknown."""
+    origin = ""
     if name == "auto":
         name = str(getattr(hf_config, "dtype", None) or "float32").removeprefix("torch.")
+        origin = " of config.json"
     if name not in DTYPES:
-        raise ValueError(f'dtype {name!r} is not supported, choose "auto" or one of '
+        raise ValueError(f'dtype {name!r}{origin} is not supported, choose "auto" or one of '
                          f"{sorted(DTYPES)}")
     return DTYPES[name]
+
+
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class ModelRunner:
@@ -77,6 +86,7 @@ class ModelRunner:
             model = get_model_class(config.hf_config)(config.hf_config)
         for parameter in model.parameters():     # still without memory
             parameter.data = torch.empty(parameter.shape, dtype=self.dtype, device="meta")
+        check_weights_fit(model, self.dtype, self.device)
         if self.group is None:
             model = allocate_parameters(model, self.device)
         else:
@@ -161,9 +171,10 @@ class ModelRunner:
         """Run a step: the logits [S, vocab] of its `samples`.
 
         tokens [T]: its input ids, where only the device knows them. Such a step is a guess:
-        `logits_at` goes on to answer for the step before.
+        `logits_at` goes on to answer for the step before. MemoryError where there is too little.
         """
-        with self.on_device():
+        with memory_for("max_num_batched_tokens: a step does not fit into memory; lower it, or "
+                        "max_num_seqs", MemoryError), self.on_device():
             if self.recordings and self.recordings.fits(step):
                 hidden = self.replay(step, tokens)
             else:

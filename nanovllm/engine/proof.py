@@ -19,6 +19,7 @@ from ..config import max_positions
 from ..layers.attention import Attention, AttentionBackend, SDPABackend
 from ..utils.context import Context, use_context
 from ..utils.rooms import find_room
+from .kv_cache import give_back_freed_memory
 from .scheduler import ScheduledRow
 from .sequence import Sequence
 
@@ -151,4 +152,5 @@ def with_fast_path(runner, model: nn.Module) -> tuple[nn.Module, AttentionBacken
     if room is not None and agrees(f"nanovllm/{name}", lambda: run(
             room.optimize(few_layers(model), group), backend), *against):
         model = room.optimize(model, group)
+        give_back_freed_memory()       # that of the weights which were packed
     return model, backend

@@ -139,7 +139,10 @@ class Scheduler:
             seq.num_computed_tokens += row.num_new_tokens
             if row.samples:
                 token = next(tokens)
-                seq.append_token(token)
+                if token < 0:             # its logits are no numbers, nor is what it wrote
+                    self.block_manager.forget(seq)
+                else:
+                    seq.append_token(token)
                 if reason := self._end_of(seq, token):
                     self.finish(seq, reason)
                     finished.append(seq)
@@ -148,6 +151,8 @@ class Scheduler:
     def _end_of(self, seq: Sequence, token: int) -> str | None:
         """Why this newest token is the last, or None if it is not."""
         params, length = seq.sampling_params, len(seq.token_ids)
+        if token < 0:
+            return "nan"
         if token in self.eos_token_ids and not params.ignore_eos:
             return "stop"
         if length - seq.num_prompt_tokens >= params.max_tokens or length >= self.max_tokens:
@@ -164,8 +169,17 @@ class Scheduler:
         seq.finish(reason)
         self.blocks_wanted = 0  # the head of the queue may be another now
 
-    def rollback(self) -> None:
-        """The step failed: nothing that it was to write may be used; all are computed again."""
-        self.block_manager.discard_pending()
-        while self.running:
-            self._requeue(self.running.popitem()[0])
+    def rollback(self, seqs: Iterable[Sequence] | None = None) -> None:
+        """The step failed, wherever: all wait, hold nothing, and are computed again.
+
+        seqs: all that are not finished, in their order; None: those that run, then those that wait.
+        """
+        self.waiting = deque([*self.running, *self.waiting] if seqs is None else seqs)
+        self.running.clear()
+        self.blocks_wanted = 0
+        self.block_manager.reset()
+        for seq in list(self.waiting):
+            seq.block_table, seq.num_computed_tokens = [], 0
+            seq.status = SequenceStatus.WAITING
+            if seq.num_completion_tokens and (reason := self._end_of(seq, seq.token_ids[-1])):
+                self.finish(seq, reason)

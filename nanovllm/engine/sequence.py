@@ -34,7 +34,7 @@ class Sequence:
         self.block_table: list[int] = []          # logical block i lies in physical block_table[i]
         self.block_digests: list[bytes] = []      # chained digests of the full blocks, made once
         self.sampling_params = sampling_params or SamplingParams()
-        self.finish_reason: str | None = None     # "stop", "length" or "abort"
+        self.finish_reason: str | None = None     # "stop", "length", "abort", ...
         self.num_preemptions = 0
         self.was_admitted = False                 # what it finds cached from now on may be its own
 
@@ -70,5 +70,5 @@ class Sequence:
         self.token_ids.append(token_id)
 
     def finish(self, reason: str) -> None:
-        """End it: `reason` is "stop", "length" or "abort"."""
+        """End it: `reason` is "stop", "length", "abort", or says what failed: "nan", "error"."""
         self.status, self.finish_reason = SequenceStatus.FINISHED, reason

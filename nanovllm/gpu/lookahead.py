@@ -61,7 +61,8 @@ class Lookahead:
                 places = foresee(self.scheduler, batch)
             if places:
                 rows = [self.scheduler.running[batch[i].seq] for i in places]
-                logits = self.runner.run_ahead(rows, self._pick(tokens, places))
+                known_ids = self._pick(tokens, places).clamp(min=0)  # -1: its logits were NaN
+                logits = self.runner.run_ahead(rows, known_ids)
                 # by row and length; the row is kept, so that its id cannot become that of another
                 known = {(id(row), len(row.seq) + 1): (i, row) for i, row in enumerate(rows)}
                 self.guess = known, logits

@@ -81,6 +81,8 @@ class SDPABackend(AttentionBackend):
                 for cache in (layer.k_cache, layer.v_cache))              # [R, L, Hkv, D]
         lens = context.context_lens[:len(q), None]                        # [R, 1]
         mask = torch.arange(k.shape[1], device=q.device) < lens           # [R, L]
+        for x in (k, v):  # what stands behind a row's keys may be NaN, and 0 * NaN is NaN
+            x.masked_fill_(~mask[:, :, None, None], 0)
         q, k, v = q.unsqueeze(2), k.transpose(1, 2), v.transpose(1, 2)    # [R, H or Hkv, 1 or L, D]
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None],
                                            scale=layer.scale, enable_gqa=True)
@@ -93,6 +95,9 @@ class SDPABackend(AttentionBackend):
         table = block_table[:-(-context_len // bs)]
         k, v = (c.index_select(0, table).flatten(0, 1)[:context_len]
                 for c in (layer.k_cache, layer.v_cache))                  # [L, Hkv, D]
+        is_bad = ~(k.isfinite() & v.isfinite()).flatten(1).all(1)         # [L]
+        if is_bad.any():                   # a query must not see a later key, not even as 0 * NaN
+            k, v = (x.masked_fill(is_bad[:, None, None], 0) for x in (k, v))
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))     # [1, H, n or L, D]
         n, mask = q.shape[2], None
         if n < context_len:
@@ -101,7 +106,8 @@ class SDPABackend(AttentionBackend):
             mask = mask.tril(context_len - n)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
                                            scale=layer.scale, enable_gqa=True)
-        return o.squeeze(0).transpose(0, 1)
+        sees_bad = (is_bad.cumsum(0) > 0)[-n:, None, None]                # and gets what is due
+        return o.squeeze(0).transpose(0, 1).masked_fill(sees_bad, torch.nan)
 
     def store(self, layer: "Attention", k: torch.Tensor, v: torch.Tensor,
               context: Context) -> None:

@@ -4,7 +4,7 @@
 
 __all__ = [
     "shard", "ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding",
-    "ParallelLMHead", "check_tensor_parallel_size", "parallelize",
+    "ParallelLMHead", "mlp_sizes", "check_tensor_parallel_size", "parallelize",
 ]
 
 import torch
@@ -133,16 +133,27 @@ class ParallelLMHead(_VocabParallel):
         return parts and torch.cat(parts, dim=-1)[:, :self.vocab_size]  # without the padding
 
 
+def mlp_sizes(config) -> dict[str, int]:
+    """How wide the MLPs of its layers are, by name; of a mixture, those of the experts."""
+    layers, step = range(config.num_hidden_layers), getattr(config, "decoder_sparse_step", 1)
+    dense = getattr(config, "mlp_only_layers", None) or ()
+    has_experts = [getattr(config, "num_experts", 0) > 0 and (index + 1) % step == 0
+                   and index not in dense for index in layers]
+    names = {"moe_intermediate_size" if experts else "intermediate_size" for experts in has_experts}
+    return {name: getattr(config, name) for name in sorted(names)}
+
+
 def check_tensor_parallel_size(config, world_size: int) -> None:
     """ValueError if the model that config.json describes cannot be dealt out evenly."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    fits = lambda n: not (heads % n or config.intermediate_size % n
+    sizes = mlp_sizes(config)
+    fits = lambda n: not (heads % n or any(size % n for size in sizes.values())
                           or max(n, kv_heads) % min(n, kv_heads))
     if not fits(world_size):
         possible = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+        named = " and ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"tensor_parallel_size={world_size} does not divide this model's {heads} "
-                         f"heads, {kv_heads} kv heads and intermediate_size "
-                         f"{config.intermediate_size}; choose one of {possible}")
+                         f"heads, {kv_heads} kv heads and {named}; choose one of {possible}")
 
 
 def parallelize(model: nn.Module, group: TensorParallelGroup, device) -> nn.Module:

@@ -20,12 +20,18 @@ MODELS = {
 
 def get_model_class(hf_config):
     """The model class for a config, or a ValueError that says what is supported."""
-    names = list(getattr(hf_config, "architectures", None) or [])
-    for name in names:
+    names = getattr(hf_config, "architectures", None) or []
+    names = [names] if isinstance(names, str) else list(names)
+    kind = getattr(hf_config, "model_type", None)  # "qwen3_moe" is that of Qwen3MoeForCausalLM
+    by_kind = "".join(part.capitalize() for part in str(kind).split("_")) + "ForCausalLM"
+    for name in names or [by_kind]:
         if name in MODELS:
+            if MODELS.get(by_kind, MODELS[name]) is not MODELS[name]:
+                raise ValueError(f"model: config.json contradicts itself: architectures is {names} "
+                                 f"and model_type {kind!r}; fetch it again")
             _refuse_what_would_be_ignored(hf_config)
             return MODELS[name]
-    raise ValueError(f"model: architecture {names or hf_config.model_type!r} is not supported, "
+    raise ValueError(f"model: architecture {names or kind!r} is not supported, "
                      f"only {sorted(MODELS)}")
 
 
@@ -35,5 +41,5 @@ def _refuse_what_would_be_ignored(config):
         method = dict(quantisation).get("quant_method", "an unnamed method")
         raise ValueError(f"model: the checkpoint is quantised ({method}), which is not supported; "
                          "use the original in bfloat16, float16 or float32")
-    if (act := getattr(config, "hidden_act", "silu")) != "silu":
+    if (act := getattr(config, "hidden_act", "silu")) not in ("silu", "swish"):  # one function
         raise ValueError(f"model: hidden_act {act!r} is not supported, only 'silu'")

@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from hypothesis import strategies as st
 import bench
 from bench.machine import PeakMemory
 from bench.options import engine_list
-from bench.soak import settled
+from bench.soak import Soak, settled
 from bench.to_gguf import write_gguf
+from nanovllm.config import DEMO_MODEL
 from nanovllm.utils.metrics import percentile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,13 +216,39 @@ def test_nano_vllm_comes_from_its_own_folder(tmp_path, capsys):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_soak_gives_all_blocks_back(tmp_path, capsys):
-    status, report = run(tmp_path, "--soak", "0.05")
+@pytest.mark.parametrize("minutes", [0.1, 10])
+def test_soak(minutes, tmp_path, capsys):
+    """Ten minutes are the gate; the short one is for every day."""
+    status, report = run(tmp_path, "--soak", str(minutes))
     got = report["soak"]
     assert status == 0 and got["free_blocks"] == got["num_blocks"]
-    assert got["finished"] > 5 and got["refused"] > 0 and got["preemptions"] > 0
+    assert got["requests"] == got["finished"] + got["aborted"] + got["failed"]
+    assert got["hostile"] >= got["failed"] and got["tokens"] > 500 and got["preemptions"] > 0
+    for name in ("finished", "refused", "signals", "known"):
+        assert got[name] > (5 if minutes < 1 else 100), name
+    if minutes > 1:
+        assert got["worker_deaths"] == minutes and bench.drift(got, "rss") < 0.05
     assert len(got["samples"]) > 5 and all(s["rss"] > 1e7 for s in got["samples"])
     assert "free at the end" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault, complaint", [
+    ("block", "the books are wrong"), ("tokens", "is right"), ("request", "were lost")])
+def test_a_soak_finds_what_is_wrong(fault, complaint, monkeypatch):
+    from nanovllm.engine.block_manager import BlockManager
+    before, free = signal.getsignal(signal.SIGALRM), BlockManager.free
+    soak = Soak(str(DEMO_MODEL), "cpu", "auto", False, 1, {})
+    if fault == "block":
+        monkeypatch.setattr(BlockManager, "free", lambda self, seq: (
+            None if len(seq) > 40 else free(self, seq)))
+    elif fault == "tokens":
+        soak.known = [(prompt, params, [1]) for prompt, params, _ in soak.known]
+    else:
+        monkeypatch.setattr(soak, "_end", lambda output: None)
+    with pytest.raises(RuntimeError, match=complaint):
+        soak.run(5.0, lambda progress: None)
+    signal.signal(signal.SIGALRM, before)
 
 
 def test_drift_is_the_farthest_stray_after_settling():

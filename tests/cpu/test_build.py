@@ -2,15 +2,18 @@
 
 import ctypes
 import logging
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from nanovllm.cpu import BACKENDS, build, optimize
 from nanovllm.cpu.build import C_DTYPES, C_FLAGS, SOURCES, load_kernels, read_declarations
+from tests.processes import environment, started
 
 CC = shutil.which("cc") or shutil.which("gcc")
 needs_compiler = pytest.mark.skipif(CC is None, reason="no C compiler")
@@ -99,7 +102,7 @@ def test_without_a_compiler(name, value, fresh, caplog):
     """None and one line in the log; the backend says why, and optimize() does what is left."""
     fresh.setenv(name, value)
     assert load_kernels(FP32, 64) is None
-    assert ["no kernels in C" in line for line in caplog.messages] == [True]
+    assert ["the CPU kernels cannot be used" in line for line in caplog.messages] == [True]
     assert "no C compiler" in BACKENDS[0].why_not(torch.device("cpu"), FP32, 64)
     caplog.clear()
     assert load_kernels(FP32, 64) is None and not caplog.messages
@@ -109,6 +112,77 @@ def test_no_compiler_at_all(fresh, caplog):
     fresh.delenv("CC", raising=False)
     fresh.setenv("PATH", "/nowhere")
     assert load_kernels(FP32, 64) is None and len(caplog.messages) == 1
+
+
+def raising(error):
+    """A function that raises."""
+    def fails(*args, **kwargs):
+        raise error
+    return fails
+
+
+@needs_compiler
+@pytest.mark.parametrize("target, error", [
+    ("tempfile.TemporaryDirectory", FileNotFoundError("No usable temporary directory")),
+    ("tempfile.TemporaryDirectory", OSError(30, "Read-only file system")),
+    ("ctypes.CDLL", OSError("failed to map segment from shared object")),       # noexec
+    ("subprocess.run", subprocess.TimeoutExpired("cc", 300))])
+def test_where_nothing_can_be_compiled(target, error, fresh, caplog):
+    """No place to write, none to run code from, a compiler that hangs: one line, and no kernels."""
+    caplog.set_level(logging.WARNING, "nanovllm")
+    module, name = target.split(".")
+    fresh.setattr(getattr(build, module), name, raising(error))
+    assert load_kernels(FP32, 64) is None and len(caplog.messages) == 1
+    assert str(error.args[-1]) in caplog.text
+
+
+@needs_compiler
+def test_a_compiler_that_writes_an_empty_library(fresh, caplog, tmp_path):
+    (tmp_path / "empty.c").write_text("")
+    script = tmp_path / "cc"
+    script.write_text(f'#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\n'
+                      f'exec {CC} -shared {tmp_path / "empty.c"} -o "$2"\n')
+    script.chmod(0o755)
+    fresh.setenv("CC", str(script))
+    assert load_kernels(FP32, 64) is None and "rms_norm" in caplog.text
+
+
+@needs_compiler
+def test_each_compilation_has_a_folder_of_its_own(fresh):
+    """That no other user can write to or read, and that is gone afterwards."""
+    folders, right = [], subprocess.run
+
+    def watched(command, **options):
+        folder = Path(command[command.index("-o") + 1]).parent
+        folders.append((folder, folder.stat()))
+        return right(command, **options)
+
+    fresh.setattr(build.subprocess, "run", watched)
+    for dtype in C_DTYPES:
+        load_kernels(dtype, 64)
+    names = {folder for folder, _ in folders}
+    assert len(names) == len(folders) >= 2 and not any(folder.exists() for folder in names)
+    assert all(s.st_uid == os.getuid() and not s.st_mode & 0o077 for _, s in folders)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_in_a_forked_process(kernels):
+    """OpenMP's threads are not there, and nobody waits for them."""
+    script = """
+import os, sys, torch
+from nanovllm import LLM, SamplingParams
+llm, wish = LLM(device="cpu", num_kvcache_blocks=16, kernels=sys.argv[1]), SamplingParams(
+    temperature=0, max_tokens=3)
+ask = lambda: llm.generate(["What is a block?"] * 4, wish, use_tqdm=False)[0]["token_ids"]
+want = ask()
+if (child := os.fork()) == 0:
+    os._exit(7 * (ask() == want))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+    with started(sys.executable, "-c", script, kernels,
+                 env=environment(OMP_NUM_THREADS="2")) as process:
+        out, err = process.communicate(timeout=60)
+    assert out == "7\n", err
 
 
 def test_other_dtypes_have_no_kernels(caplog):

@@ -184,3 +184,30 @@ def test_the_books_after_anything(seed):
             for i, block in enumerate(seq.block_table):
                 past = seq.token_ids[:(i + 1) * manager.block_size]
                 assert owner.setdefault(block, past) == past
+
+
+def test_reset_believes_what_two_sides_say():
+    """After an error between two lines: a block that was taken, one half published."""
+    manager = BlockManager(6, 4)
+    kept = admitted(manager, range(9))
+    first, second = (manager.blocks[i] for i in kept.block_table[:2])
+    taken = manager._take()                                 # in no table yet
+    second.hash = None                                      # forgotten, but for the map's entry
+    lost = manager.blocks[kept.block_table[2]]
+    lost.hash = b"not in the map"
+    manager.pending_blocks[b"pending"] = taken
+    manager.reset()
+    sound(manager, [])
+    assert list(manager.cached_blocks.values()) == [first] and not manager.pending_blocks
+    assert manager.num_free_blocks == 6 and next(reversed(manager.free_blocks)) == first.block_id
+    assert admitted(manager, range(9)).cached == 4
+
+
+def test_forget():
+    manager = BlockManager(6, 4)
+    bad, other = admitted(manager, range(9)), admitted(manager, range(4, 13))
+    manager.forget(bad)
+    manager.free(bad)
+    sound(manager, [other])
+    manager.free(other)
+    assert admitted(manager, range(9)).cached == 0 and admitted(manager, range(4, 13)).cached == 8

@@ -47,6 +47,86 @@ def test_who_ignores_it_goes_on(ctrl_c):
         ctrl_c()
 
 
+@pytest.fixture
+def alarm():
+    """SIGALRM raises TimeoutError, as a user's time limit may."""
+    def handler(*args):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield lambda: signal.raise_signal(signal.SIGALRM)
+    signal.signal(signal.SIGALRM, before)
+
+
+def test_any_signal_waits_and_each_does_what_it_does(ctrl_c, alarm):
+    def handler(*args):
+        done.append("Ctrl-C")
+        raise KeyboardInterrupt
+
+    done = []
+    signal.signal(signal.SIGINT, handler)
+    with pytest.raises(TimeoutError):
+        with interrupt_afterwards():
+            ctrl_c()
+            alarm()
+            done.append("the rest")
+    assert done == ["the rest", "Ctrl-C"]
+
+
+def test_they_come_at_once_where_they_may(ctrl_c, alarm):
+    done = []
+    with pytest.raises(TimeoutError):
+        with interrupt_afterwards() as signals:
+            ctrl_c()
+            try:
+                signals.let_in()
+            except KeyboardInterrupt:
+                done.append(signals.has_raised)
+            alarm()                            # after one that raised, the next one waits
+            done.append("the rest")
+    assert done == [True, "the rest"]
+
+
+def test_one_that_does_not_raise_changes_nothing(alarm):
+    seen = []
+    before = signal.signal(signal.SIGUSR1, lambda *args: seen.append(args[0]))
+    with pytest.raises(TimeoutError):
+        with interrupt_afterwards() as signals:
+            signal.raise_signal(signal.SIGUSR1)
+            assert not seen
+            signals.let_in()
+            signal.raise_signal(signal.SIGUSR1)
+            assert seen == [signal.SIGUSR1] * 2 and not signals.has_raised
+            alarm()
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_handler_that_exchanges_itself(ctrl_c):
+    """The usual way to make the second Ctrl-C end the program."""
+    signal.signal(signal.SIGINT, lambda *args: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    with interrupt_afterwards() as signals:
+        signals.let_in()
+        ctrl_c()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+
+
+def test_what_is_no_python_function_stays(ctrl_c):
+    for handler in (signal.SIG_DFL, signal.SIG_IGN):
+        signal.signal(signal.SIGINT, handler)
+        with interrupt_afterwards():
+            assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_one_in_another(ctrl_c):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt_afterwards():
+            with interrupt_afterwards():
+                ctrl_c()
+            done.append("the rest")
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_in_another_thread_nothing_changes():
     seen = []
 

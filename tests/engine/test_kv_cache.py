@@ -1,12 +1,18 @@
 """How many blocks there are, and memory that starts as zeros."""
 
+import sys
+
 import pytest
 import torch
+import transformers
 
-from nanovllm import LLM
+from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine import kv_cache
 from nanovllm.engine.kv_cache import affordable_blocks, free_memory, zeros
+from nanovllm.engine.scheduler import ScheduledRow
+from nanovllm.engine.sequence import Sequence
+from tests.processes import run_python
 
 CPU = torch.device("cpu")
 
@@ -61,3 +67,59 @@ def test_a_cpu_takes_a_part_of_its_memory(good, monkeypatch):
 def test_a_block_larger_than_memory(good):
     with pytest.raises(ValueError, match="bytes are left.*lower kvcache_block_size"):
         LLM(good[0], device="cpu", kvcache_block_size=10**12, max_model_len=40)
+
+
+def test_a_pool_for_which_there_is_no_memory():
+    with pytest.raises(ValueError, match="^num_kvcache_blocks: .*choose fewer"):
+        zeros((2**40, 2**10), torch.float32, CPU)
+
+
+FREED = """
+import ctypes, sys, psutil
+from nanovllm import LLM
+process = psutil.Process()
+with LLM(sys.argv[1], device="cpu", load_format="dummy", num_kvcache_blocks=8):
+    before = process.memory_info().rss
+    ctypes.CDLL(None).malloc_trim(0)
+    print(before - process.memory_info().rss)
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
+def test_loading_leaves_no_holes_in_the_heap(tmp_path):
+    """What was freed while the weights were packed has gone back to the system."""
+    pytest.importorskip("psutil")
+    transformers.Qwen3Config(
+        hidden_size=1024, intermediate_size=2048, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, vocab_size=1000, dtype="bfloat16",
+        architectures=["Qwen3ForCausalLM"]).save_pretrained(tmp_path)
+    run = run_python("-c", FREED, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 2**23
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(kv_cache.ctypes, "CDLL", lambda name: object())
+    kv_cache.give_back_freed_memory()
+
+
+def test_a_step_for_which_there_is_no_memory(good, monkeypatch):
+    folder, prompt, right = good
+    with LLM(folder, num_kvcache_blocks=8, kvcache_block_size=4, max_model_len=40) as llm:
+        def too_large(*args):
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError,
+                                                           match="^max_num_batched_tokens"):
+            patch.setattr(llm.runner.model, "forward", too_large)
+            llm.runner.run([ScheduledRow(sequence_of(prompt), len(prompt), samples=True)])
+        out, = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+        assert out["token_ids"] == right
+
+
+def sequence_of(prompt):
+    """A sequence that has the first blocks of a pool."""
+    seq = Sequence(prompt)
+    seq.block_table = [0, 1, 2]
+    return seq

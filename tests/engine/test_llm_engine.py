@@ -63,6 +63,16 @@ def test_bad_prompt_leaves_others_alone(prompt, error, complaint, llm, good):
     is_right(llm, good)
 
 
+def test_a_text_with_a_token_that_the_model_does_not_have(demo):
+    """One that was added to the tokenizer, and the embedding was not enlarged."""
+    demo.tokenizer.add_tokens(["<tool>"])
+    other = demo.add_request("What is RoPE?", GREEDY)
+    for call in (demo.add_request, demo.stream, demo.generate):
+        with pytest.raises(ValueError, match="token id 1024; the model has 0 to 1023"):
+            call("call <tool> now", GREEDY)
+    assert list(demo.requests) == [other] and finish(demo)[other]["finish_reason"] == "length"
+
+
 def test_unknown_setting(good):
     with pytest.raises(TypeError, match="'max_num_seq'.*did you mean 'max_num_seqs'"):
         LLM(good[0], max_num_seq=3)

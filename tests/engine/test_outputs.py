@@ -80,12 +80,22 @@ def test_how_many(three):
         assert ask(prompt_logprobs=0)["logprobs"] is None
 
 
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_not_a_whole_vocabulary(name, demo):
+    """Of the 1,024 tokens of the demo model's; a prompt of thousands would need gigabytes."""
+    for k in (257, 10**6):
+        with pytest.raises(ValueError, match=f"{name}={k} is more than 256"):
+            demo.add_request("a", SamplingParams(**{name: k}))
+    out, = demo.generate("a", SamplingParams(max_tokens=1, logprobs=256), use_tqdm=False)
+    assert len(out["logprobs"][0]) in (256, 257)
+
+
 def test_who_does_not_ask_does_not_pay(three, monkeypatch):
     folder, _, prompts = three
     monkeypatch.setattr(outputs, "top_logprobs", lambda *args: 1 / 0)
     with LLM(folder, num_kvcache_blocks=64) as llm:
-        with pytest.raises(ZeroDivisionError):
-            llm.generate(prompts, BOTH, use_tqdm=False)
+        outs = llm.generate(prompts, BOTH, use_tqdm=False)
+        assert all(out["error"].startswith("ZeroDivisionError") for out in outs)
         monkeypatch.setattr(llm_engine, "score", lambda *args: 1 / 0)
         llm.generate(prompts, GREEDY, use_tqdm=False)  # the failed ones are forgotten
 

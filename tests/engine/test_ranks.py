@@ -1,10 +1,12 @@
 """Tensor parallelism: the same tokens from several processes, and nothing that outlives them."""
 
+import gc
 import json
 import os
 import re
 import signal
 import sys
+import threading
 import time
 from contextlib import ExitStack
 
@@ -14,9 +16,12 @@ import torch
 from fixtures import hf_generate, make_checkpoint, random_prompts
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import Config
 from nanovllm.engine.ranks import pack_step, rank_device, unpack_step
+from nanovllm.layers.linear import check_tensor_parallel_size
 from nanovllm.utils.context import Context
 from nanovllm.utils.rooms import find_room
+from nanovllm.utils.workers import WorkerProcesses
 from tests.parity import logprobs, worst_difference
 from tests.processes import SCRIPTS, children, environment, run, started
 
@@ -137,6 +142,143 @@ def test_the_parent_ends(how):
         assert not psutil.pid_exists(int(pid))
 
 
+def ask(llm):
+    """The tokens of a question."""
+    return llm.generate("What is a block table?", GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
+DEMO = dict(tensor_parallel_size=2, device="cpu", num_kvcache_blocks=16)
+
+
+@processes
+def test_a_worker_that_is_stopped():
+    """SIGSTOP, a debugger, a frozen container: an error within the time limit, and no process."""
+    with LLM(worker_timeout=2, **DEMO) as llm:
+        ask(llm)
+        os.kill(llm.runner.workers.processes[1].pid, signal.SIGSTOP)
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="rank 1 has not answered for 2 seconds"):
+                ask(llm)
+        assert time.monotonic() - start < 10
+    assert not children()
+
+
+@processes
+@slow
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_gets_out_of_a_step_that_hangs(times):
+    """At once where a worker is stopped; at the third time if it only never comes."""
+    with LLM(worker_timeout=100, **DEMO) as llm:
+        ask(llm)
+        if times == 1:
+            os.kill(llm.runner.workers.processes[1].pid, signal.SIGSTOP)
+        else:
+            llm.runner._tell = lambda kind, ints: None      # the worker is not told of the step
+
+        def interrupt():
+            for _ in range(times):
+                time.sleep(1)
+                os.kill(os.getpid(), signal.SIGINT)
+
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            threading.Thread(target=interrupt, daemon=True).start()
+            ask(llm)
+        assert time.monotonic() - start < 15
+        with pytest.raises(RuntimeError, match="the engine is closed.*KeyboardInterrupt"):
+            ask(llm)
+    assert not children()
+
+
+@processes
+@slow
+def test_a_worker_that_is_stopped_during_the_start(monkeypatch):
+    """Where nothing can be seen but that it does not come."""
+    def ready_and_stopped(workers):
+        right(workers)
+        os.kill(workers.processes[1].pid, signal.SIGSTOP)
+
+    right = WorkerProcesses.wait_until_ready
+    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready_and_stopped)
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1"):
+        LLM(worker_timeout=2, **DEMO)
+    assert time.monotonic() - start < 60 and not children()
+
+
+@processes
+@pytest.mark.parametrize("layer, part", [
+    (2, "mlp"), pytest.param(0, "self_attn", marks=slow), pytest.param(3, "self_attn", marks=slow)])
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_rank_0_fails_in_the_middle_of_a_step(layer, part, error):
+    """The other rank waits for a sum and cannot be told: the engine is over, and says so."""
+    with LLM(**DEMO) as llm:
+        ask(llm)
+        target, calls = getattr(llm.runner.model.model.layers[layer], part), []
+        right = target.forward
+
+        def fails(*args):
+            calls.append(1)
+            if len(calls) == 3:
+                raise error("injected")
+            return right(*args)
+
+        target.forward = fails
+        with pytest.raises(error):
+            ask(llm)
+        start = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=f"a step failed.*{error.__name__}.*injected"):
+                ask(llm)
+        assert time.monotonic() - start < 2
+    assert not children()
+
+
+@processes
+def test_a_constructor_that_fails_behind_the_start(monkeypatch):
+    """Its workers end with it, and not only when it is collected."""
+    def fails(llm, *args):
+        raise ValueError("damaged")
+
+    monkeypatch.setattr(LLM, "_make_stepper", fails)
+    with pytest.raises(ValueError, match="damaged") as kept:
+        LLM(**DEMO)
+    assert kept and not children()
+
+
+@processes
+@slow
+def test_the_parent_is_killed_while_it_starts(tmp_path):
+    """No worker stays, and no file."""
+    script = "from nanovllm import LLM; LLM(tensor_parallel_size=2, device='cpu')"
+    for seconds in (0, 0.5, 2):
+        with started(sys.executable, "-c", script,
+                     env=environment(TMPDIR=str(tmp_path))) as owner:
+            deadline = time.monotonic() + 60
+            while not (workers := children(owner.pid)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(seconds + 0.5)
+            os.kill(owner.pid, signal.SIGKILL)
+            _, alive = psutil.wait_procs(workers, timeout=20)
+            assert workers and not alive and not list(tmp_path.glob("nanovllm-*"))
+
+
+@processes
+@slow
+def test_nothing_is_left_of_eight_engines(tmp_path):
+    """No file, no thread, no process."""
+    folder, _ = make_checkpoint(folder=tmp_path)
+    this, held = psutil.Process(), []
+    for _ in range(8):
+        with LLM(folder, tensor_parallel_size=2, **SMALL) as llm:
+            llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
+        del llm
+        gc.collect()
+        held.append((this.num_fds(), this.num_threads()))
+    assert held[-1] == held[1] and not children()
+
+
 @pytest.fixture
 def two_hosts():
     """Two network namespaces with a cable between them: prefixes of commands that run there."""
@@ -182,6 +324,21 @@ def test_two_hosts(two_hosts, tmp_path):
     assert [each.returncode for each in runs] == [0, 0], results
     lines = [line for out, _ in results for line in out.splitlines() if line.startswith("TOKENS")]
     assert lines == [f"TOKENS {[hf_generate(model, p, NEW) for p in prompts]}"], results
+
+
+@processes
+@pytest.mark.parametrize("sizes, says", [
+    (dict(moe_intermediate_size=25), "moe_intermediate_size 25"),
+    (dict(mlp_only_layers=[1], intermediate_size=81), " intermediate_size 81"),
+    (dict(intermediate_size=81, moe_intermediate_size=24), None)])
+def test_sizes_of_a_mixture(sizes, says, tmp_path):
+    """Those that its layers have are told by name; one that no layer has forbids nothing."""
+    folder, _ = make_checkpoint("qwen3_moe", folder=tmp_path, **sizes)
+    config = Config(folder).hf_config
+    if says is None:
+        return check_tensor_parallel_size(config, 2)
+    with pytest.raises(ValueError, match=f"{says}.*; choose one of 1"):
+        check_tensor_parallel_size(config, 2)
 
 
 @processes

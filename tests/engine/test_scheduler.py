@@ -189,3 +189,30 @@ def test_everybody_is_served(seed):
         assert seq.num_completion_tokens == min(seq.sampling_params.max_tokens,
                                                 scheduler.max_tokens - seq.num_prompt_tokens)
     assert scheduler.block_manager.num_used_blocks == 0
+
+
+def test_rollback_writes_the_queues_anew():
+    """From those that are not finished, whatever the queues say; who has its last token ends."""
+    scheduler = make(max_num_seqs=3)
+    seqs = [add(scheduler, 5, max_tokens=2, first=20 * i) for i in range(4)]
+    step(scheduler)
+    seqs[1].append_token(7)                             # booked, and then came the error
+    scheduler.running.clear()
+    scheduler.waiting.clear()
+    seqs[2].block_table = []
+    scheduler.rollback(seqs)
+    assert list(scheduler.waiting) == [seqs[0], *seqs[2:]] and not scheduler.running
+    assert seqs[1].finish_reason == "length" and scheduler.block_manager.num_used_blocks == 0
+    assert all(seq.num_computed_tokens == 0 and not seq.block_table for seq in seqs)
+
+
+def test_a_row_without_a_token():
+    """Its logits were no numbers: it ends, and what it wrote is not found by another."""
+    scheduler = make()
+    bad, other = add(scheduler, 9), add(scheduler, 9, first=50)
+    scheduler.postprocess(scheduler.schedule(), [-1, 7])
+    assert bad.finish_reason == "nan" and bad.num_completion_tokens == 0
+    assert other.completion_token_ids == [7]
+    later = [add(scheduler, 9), add(scheduler, 9, first=50)]
+    scheduler.schedule()
+    assert [seq.num_cached_tokens for seq in later] == [0, 8]

@@ -13,6 +13,7 @@ from fixtures import DEMO_MODEL
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.text import (
     Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer, read_generation_config,
+    recommended_params,
 )
 
 
@@ -188,3 +189,164 @@ def test_a_stop_string_ends_the_request(demo):
     again = demo.generate("What is RoPE?\n", last, use_tqdm=False)[0]
     assert (again["text"], again["finish_reason"]) == (cut["text"], "stop")
     assert demo.block_manager.num_used_blocks == 0
+
+
+# -----------------------------------------------------------------------------------------------
+# Stop strings that are special tokens; spaces at the very beginning
+# -----------------------------------------------------------------------------------------------
+
+class Special(Bytes):
+    """Bytes; token 256 is special and called <end>, 257 is added and ordinary text."""
+    added_tokens_decoder = {256: SimpleNamespace(content="<end>", special=True),
+                            257: SimpleNamespace(content="<text>", special=False)}
+
+
+def test_a_stop_string_that_is_a_special_token():
+    detokenizer = Detokenizer(Special(), ("x", "<end>"))
+    for token in (*"aé".encode()[:-1], 256):
+        assert not detokenizer.stopped
+        detokenizer.append(token)
+    assert detokenizer.stopped
+    detokenizer.finish()
+    assert detokenizer.text == "a\ufffd"                          # nothing is lost, nothing added
+
+
+def test_the_same_written_in_ordinary_tokens():
+    _, detokenizer = pieces("ab<end>c", ("<end>",), Special())
+    assert detokenizer.stopped and detokenizer.text == "ab"
+
+
+def test_a_stop_string_that_only_holds_a_special_token():
+    with pytest.raises(ValueError, match="^stop '<end>.n' holds the special token '<end>'.*alone"):
+        Detokenizer(Special(), ("<end>\n",))
+    Detokenizer(Special(), ("<text>\n",))                         # that is text, and can be found
+
+
+def test_a_special_token_of_a_checkpoint_ends_the_request(demo):
+    name = "<|im_start|>"
+    start = demo.tokenizer.convert_tokens_to_ids(name)
+    step = demo.add_request("What is RoPE?", SamplingParams(temperature=0, stop=name))
+    request = demo.requests[step]
+    demo.step()
+    request.detokenizer.append(start)
+    assert request.detokenizer.stopped
+
+
+class Words:
+    """Like Llama 2's tokenizer: a word brings the space before it; decode strips the first one."""
+    bos_token = None
+    words = {0: "", 1: " Hello", 2: " world", 3: "!", 4: " again"}  # 0 is special
+
+    def decode(self, ids, skip_special_tokens):
+        return "".join(self.words[i] for i in ids).removeprefix(" ")
+
+
+@pytest.mark.parametrize("prompt, completion, text", [
+    ([1], [2, 3], " world!"), ([1, 2, 3] * 5, [4, 2], " again world"), ([0], [1, 2], "Hello world"),
+    ([1, 0], [2], " world"), ([], [1], "Hello"), ([1, 3], [3, 4], "! again")])
+def test_the_first_space_of_a_completion(prompt, completion, text):
+    """Prompt and completion together are what the tokenizer makes of all tokens."""
+    for asked in (True, False):
+        detokenizer = Detokenizer(Words(), prompt=prompt)
+        for token in completion:
+            detokenizer.append(token)
+            if asked:
+                detokenizer.certain_text()
+        detokenizer.finish()
+        assert detokenizer.text == text
+        assert detokenizer.token_ids == completion
+
+
+def test_half_a_character_in_the_prompt_takes_nothing_away():
+    prompt, completion = list("a€".encode()[:-1]), [*"€".encode()[-1:], *b"bc"]
+    detokenizer = Detokenizer(Bytes(), prompt=prompt)
+    for token in completion:
+        detokenizer.append(token)
+    detokenizer.finish()
+    assert detokenizer.text == "\ufffdbc"
+
+
+def test_a_tokenizer_that_tidies_up_loses_no_characters(tmp_path):
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "clean_up_tokenization_spaces": True}))
+    tokenizer, text = load_tokenizer(folder), "It is n't so . Or , is it ?"
+    detokenizer = Detokenizer(tokenizer)
+    for token in tokenizer.encode(text):
+        detokenizer.append(token)
+        detokenizer.certain_text()
+    detokenizer.finish()
+    assert detokenizer.text == text
+
+
+@pytest.mark.parametrize("stop", ["a" * 10**5, "ab" * 10**5])
+def test_a_long_stop_string_costs_little(stop):
+    detokenizer = Detokenizer(Bytes(), (stop,))
+    for byte in stop[:300].encode():
+        detokenizer.append(byte)
+    assert detokenizer.certain_text() == "" and not detokenizer.stopped
+    detokenizer.append(ord("c"))
+    assert detokenizer.certain_text() == stop[:300] + "c"
+
+
+# -----------------------------------------------------------------------------------------------
+# Files
+# -----------------------------------------------------------------------------------------------
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 11422654\n"
+
+
+@pytest.mark.parametrize("name, content, complaint", [
+    ("tokenizer.json", POINTER, "tokenizer.json is a pointer of git-lfs.*git lfs pull"),
+    ("tokenizer_config.json", POINTER, "tokenizer_config.json is a pointer of git-lfs"),
+    ("chat_template.jinja", POINTER, "chat_template.jinja is a pointer of git-lfs"),
+    ("tokenizer.json", "{", "tokenizer.json is damaged"),
+    ("tokenizer.json", "[]", "tokenizer.json"),
+    ("tokenizer.json", "{}", "cannot read the tokenizer"), ("tokenizer.json", "", "tokenizer.json"),
+    ("tokenizer_config.json", "[1]", "tokenizer_config.json holds no JSON object"),
+    ("tokenizer_config.json", "[" * 10**5, "tokenizer_config.json is damaged"),
+])
+def test_damaged_tokenizer(name, content, complaint, tmp_path):
+    folder = Path(shutil.copytree(DEMO_MODEL, tmp_path / "model"))
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("ids", ["2", 2.0, True, [1, "2"], {"a": 1}, [[2]], [1, None, 1.5]],
+                         ids=str)
+def test_an_end_of_text_that_is_no_id(ids, tmp_path):
+    """It would never come, and the text would not end."""
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    config = SimpleNamespace(model=tmp_path, hf_config=SimpleNamespace())
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id"):
+        find_eos_token_ids(config, None)
+
+
+@pytest.mark.parametrize("given, found, ignored", [
+    ({"stop_strings": ["a"], "do_sample": True}, {"stop": ("a",)}, []),
+    ({"repetition_penalty": 1.0, "num_beams": 1, "max_length": 20, "length_penalty": 1.0,
+      "token_healing": False, "bad_words_ids": None, "forced_eos_token_id": []},
+     {"temperature": 0}, []),
+    ({"use_cache": True, "transformers_version": "5", "_from_model_config": True,
+      "pad_token_id": 3, "cache_implementation": "static", "output_scores": True},
+     {"temperature": 0}, []),
+    *[({name: value}, {"temperature": 0}, [name]) for name, value in [
+        ("repetition_penalty", 1.1), ("min_p", .1), ("suppress_tokens", [5]), ("num_beams", 4),
+        ("begin_suppress_tokens", [1]), ("bad_words_ids", [[3]]), ("sequence_bias", [[[1], 2.0]]),
+        ("min_new_tokens", 5), ("max_length", 4096), ("penalty_alpha", .6), ("eta_cutoff", 1e-3),
+        ("forced_bos_token_id", 3), ("guidance_scale", 2), ("what_comes_next_year", 1)]]], ids=str)
+def test_every_wish_is_obeyed_or_named(given, found, ignored, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert recommended_params(tmp_path) == (found, ignored)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("temperature", "hot"), ("temperature", -1), ("top_k", 2.5), ("top_k", "5"), ("top_p", 0),
+    ("max_new_tokens", 0), ("max_new_tokens", True), ("stop_strings", [5]), ("do_sample", "no"),
+    ("top_p", [0.9])])
+def test_a_wish_that_cannot_be_meant(name, value, tmp_path):
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(ValueError, match=f"generation_config.json: {name}"):
+        recommended_params(tmp_path)

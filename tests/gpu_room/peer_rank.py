@@ -1,4 +1,4 @@
-"""One of two ranks, as a process: RANK PORT MEMORY0 MEMORY1 CHECKPOINT LOGITS.
+"""One of two ranks, as a process: RANK STORE MEMORY0 MEMORY1 CHECKPOINT LOGITS.
 
 Files that both map stand for the GPUs' memory, Triton's interpreter for the GPUs.
 """
@@ -51,12 +51,12 @@ def logits_of(model):
         return model.compute_logits(model(step.input_ids, step.positions))
 
 
-def main(rank, port, memory0, memory1, folder, result):
+def main(rank, store, memory0, memory1, folder, result):
     rank, files = int(rank), (memory0, memory1)
     seen = [torch.from_numpy(np.memmap(file, np.uint8, "r+")) for file in files]
     peers = PeerMemory(seen[rank], rank, [memory.data_ptr() for memory in seen])
     check_kernel(peers)
-    group = TensorParallelGroup(join_store(int(port)), rank, 2, torch.device("cpu"))
+    group = TensorParallelGroup(join_store(store), rank, 2, torch.device("cpu"))
     model = make_model(folder, group)
     group.peers = peers                       # as if it had been opened
     optimize(model, group)

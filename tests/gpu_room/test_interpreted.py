@@ -17,7 +17,8 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.parametrize("file", [
     "test_layer_kernels.py",
     *(pytest.param(f"test_{name}.py", marks=pytest.mark.slow)
-      for name in ("attention_kernels", "fuse", "peers", "changes", "engine"))])
+      for name in ("attention_kernels", "fuse", "peers", "changes", "engine",
+                               "sampling"))])
 def test_in_the_interpreter(file):
     """The tests of one file; to run them alone: TRITON_INTERPRET=1 python -m pytest FILE."""
     done = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted" / file,

@@ -91,3 +91,35 @@ def test_prefill_reads_only_its_own_blocks():
     padded = torch.cat([table, torch.zeros(2, dtype=table.dtype)]).int()
     got = SDPABackend().prefill(layer, q[-n:], padded, length)
     torch.testing.assert_close(got, exact(q[-n:], k, v))
+
+
+def test_decode_reads_only_its_own_keys():
+    """What lies in other blocks, and behind a row's last key, is NaN."""
+    layer, lengths = Attention(H, KV, D), [6, 1, 9]
+    caches = torch.full((2, 9, 4, KV, D), torch.nan)
+    layer.bind_kv_cache(SDPABackend(), *caches)
+    tables, whole = [[3, 5], [7], [1, 8, 2]], [vectors(n) for n in lengths]
+    for table, (_, k, v) in zip(tables, whole):
+        slots = (torch.tensor(table)[:, None] * 4 + torch.arange(4)).flatten()[:len(k)]
+        store_kvcache(k, v, *caches, slots)
+    context = Context.pack([0] * 3, [0] * 3, [0] * 3, [0, 1, 2, 3], lengths, tables)
+    got = SDPABackend().decode(layer, torch.stack([q[-1] for q, _, _ in whole]), context)
+    torch.testing.assert_close(got, torch.cat([exact(q[-1:], k, v) for q, k, v in whole]))
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+@pytest.mark.parametrize("which", [1, 2])
+@pytest.mark.parametrize("new", [3, 9])
+def test_a_bad_key_is_seen_from_its_position_on(new, which, spoilt):
+    """And not before it: another prompt may share that beginning."""
+    layer, length, bad = Attention(H, KV, D), 9, 7
+    caches = torch.zeros(2, 3, 4, KV, D)
+    layer.bind_kv_cache(SDPABackend(), *caches)
+    sequence = vectors(length)
+    right = exact(sequence[0][-new:], *sequence[1:])
+    sequence[which][bad, 1, 3] = spoilt
+    store_kvcache(*sequence[1:], *caches, torch.arange(length))
+    got = SDPABackend().prefill(layer, sequence[0][-new:], torch.arange(3), length)
+    seen = bad - (length - new)
+    torch.testing.assert_close(got[:seen], right[:seen])
+    assert got[seen:].isnan().all()

@@ -108,3 +108,23 @@ def test_a_seed_in_the_engine(good):
             found.append([llm.generate([prompt], p, use_tqdm=False)[0]["token_ids"]
                           for p in params])
     assert all(tokens == found[0] for tokens in found) and len(set(map(tuple, found[0]))) == 4
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf])
+@pytest.mark.parametrize("params", [
+    SamplingParams(temperature=0), SamplingParams(seed=1), SamplingParams(top_k=2, top_p=0.9)])
+def test_logits_that_are_no_numbers(spoilt, params):
+    """-1 for that row; -inf for some tokens is none of it, for all of them it is."""
+    rows = LOGITS.repeat(4, 1)
+    rows[1, 3] = spoilt
+    rows[2] = -torch.inf
+    rows[3, 1:] = -torch.inf
+    tokens = Sampler()(rows, [params] * 4, [0] * 4).tolist()
+    assert tokens[1:] == [-1, -1, 0] and tokens[0] >= 0
+
+
+def test_whole_numbers_of_any_size():
+    """Who sets a field by force gets no error inside a step."""
+    params = SamplingParams()
+    object.__setattr__(params, "temperature", 10**20)
+    assert sample([params, SamplingParams(temperature=0)])[1] == 0

@@ -1,14 +1,20 @@
-"""What ranks say to each other, here as threads of one process; stores and worker processes."""
+"""What ranks say to each other, here as threads of one process, and the store where they meet."""
 
 import copy
+import os
+import stat
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
 from nanovllm.utils.distributed import (
-    TensorParallelGroup, WorkerProcesses, join_store, open_store, torchrun_launched,
+    TensorParallelGroup, join_store, open_store, torchrun_launched, while_watching,
 )
 
 CPU = torch.device("cpu")
@@ -19,7 +25,7 @@ def on_ranks(work, size=2):
     store = open_store()
 
     def rank(number):
-        group = TensorParallelGroup(join_store(store.port), number, size, CPU)
+        group = TensorParallelGroup(join_store(store.path), number, size, CPU)
         try:
             return work(group)
         finally:
@@ -29,13 +35,106 @@ def on_ranks(work, size=2):
         return [job.result(60) for job in [pool.submit(rank, number) for number in range(size)]]
 
 
-def test_the_store_listens_to_this_host_alone():
+def listening() -> set[int]:
+    """Ports at which this process listens."""
+    return {c.laddr.port for c in psutil.Process().net_connections() if c.status == "LISTEN"}
+
+
+def test_nobody_else_can_open_the_store():
+    """It has no port, its folder is this user's alone, and is gone with it."""
+    before, files = listening(), psutil.Process().num_fds()
     store = open_store()
-    listening = [c.laddr for c in psutil.Process().net_connections() if c.status == "LISTEN"
-                 and c.laddr.port == store.port]
-    assert [address.ip.removeprefix("::ffff:") for address in listening] == ["127.0.0.1"]
+    folder = Path(store.path).parent
+    assert listening() == before
+    assert folder.stat().st_uid == os.getuid() and stat.S_IMODE(folder.stat().st_mode) == 0o700
     store.set("word", "yes")
-    assert join_store(store.port).get("word") == b"yes"
+    assert join_store(store.path).get("word") == b"yes"
+    other = join_store(store.path)
+    del store
+    assert psutil.Process().num_fds() == files and not folder.exists()
+    del other                            # it would write into what has the name of its file now
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("answer", ["wrong", "none"])
+def test_somebody_in_the_place_of_a_rank_is_found_out(answer, monkeypatch):
+    """gloo takes whoever comes first at its port; its place proves nothing."""
+    store, right = open_store(), TensorParallelGroup._greet
+
+    def greet(group, timeout):
+        if group.rank == 0:
+            return right(group, timeout)
+        if answer == "wrong":
+            guess = torch.zeros(2, 32, dtype=torch.uint8)
+            group.control.alltoall_base(guess.clone(), guess, [], []).wait()
+        return over.wait(20)
+
+    monkeypatch.setattr(TensorParallelGroup, "_greet", greet)
+    over, wait = threading.Event(), timedelta(seconds=1)
+    with ThreadPoolExecutor(2) as pool:
+        first, _ = (pool.submit(TensorParallelGroup, join_store(store.path), rank, 2, CPU,
+                                     timeout=wait) for rank in range(2))
+        try:
+            with pytest.raises(RuntimeError, match="rank 1 did not prove who it is"):
+                first.result(20)
+        finally:
+            over.set()
+
+
+def test_rank_0_looks_around_while_it_waits():
+    """What it finds ends the wait; without that the result is the same."""
+    stopped = threading.Event()
+
+    def work(group):
+        if group.rank == 1:
+            stopped.wait(20)
+            return group.all_reduce(torch.ones(1)).item()
+        looks = []
+
+        def watch():
+            looks.append(time.monotonic())
+            if len(looks) == 3:
+                raise KeyboardInterrupt
+
+        group.watch, start = watch, time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            group.all_reduce(torch.ones(1))
+        assert 0.3 < time.monotonic() - start < 5
+        stopped.set()
+
+    assert on_ranks(work)[1] == 2
+
+
+def test_a_rank_that_waits_is_patient():
+    """The time limit is for the others to come, not for an exchange."""
+    store = open_store()
+
+    def rank(number):
+        group = TensorParallelGroup(join_store(store.path), number, 2, CPU,
+                                    timeout=timedelta(seconds=1))
+        group.watch = lambda: None
+        time.sleep(number * 2.5)
+        return group.minimum(number)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(rank, range(2))) == [0, 0]
+
+
+def test_a_rank_that_does_not_come_is_an_error():
+    with pytest.raises(RuntimeError):
+        TensorParallelGroup(open_store(), 0, 2, CPU, timeout=timedelta(seconds=1))
+
+
+def test_while_watching():
+    def fail():
+        raise ValueError("mine")
+
+    looks = []
+    assert while_watching(lambda: time.sleep(0.5) or 7, lambda: looks.append(1)) == 7 and looks
+    with pytest.raises(ValueError, match="mine"):
+        while_watching(fail, fail)
+    with pytest.raises(ValueError, match="mine"):
+        while_watching(lambda: time.sleep(1), fail)
 
 
 def test_sums_and_what_is_gathered():
@@ -82,14 +181,3 @@ def test_torchrun_of_another_size(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(ValueError, match="tensor_parallel_size=2, and torchrun started 4"):
         torchrun_launched(2)
-
-
-@pytest.mark.processes
-def test_a_worker_that_cannot_start_says_why():
-    workers = WorkerProcesses(open_store(), {"model": "/no/such"}, range(1, 2))
-    try:
-        with pytest.raises(RuntimeError, match="rank 1 ended with code 1.*there is no folder"):
-            workers.wait_until_ready()
-    finally:
-        workers.stop()
-    assert all(process.poll() is not None for process in workers.processes.values())

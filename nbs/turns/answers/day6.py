@@ -51,7 +51,7 @@ def embedding_summand(token_ids, table, first):
 
 
 def exercise_6_1():
-    """Two for each of the 64 layers and one for the embedding: 129, whatever the number of ranks."""
+    """Two for each of the 64 layers, one for the embedding: 129, whatever the number of ranks."""
     from types import SimpleNamespace
 
     import transformers

@@ -39,6 +39,21 @@ def lanes_beyond_count(x_ptr, out_ptr, eps, N, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def lanes_without_other(x_ptr, out_ptr, eps, N, WIDTH: tl.constexpr):
+    lane = tl.arange(0, WIDTH)
+    place = tl.program_id(0) * N + lane
+    x = tl.load(x_ptr + place, mask=lane < N)
+    tl.store(out_ptr + place, x / tl.sqrt(tl.sum(x * x, 0) / N + eps), mask=lane < N)
+
+
+@triton.jit
+def no_such_name(x_ptr, out_ptr, eps, N, WIDTH: tl.constexpr):
+    lane = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + plaice, mask=lane < N)  # noqa: F821
+    tl.store(out_ptr + lane, x, mask=lane < N)
+
+
+@triton.jit
 def eps_outside(x_ptr, out_ptr, eps, N, WIDTH: tl.constexpr):
     lane = tl.arange(0, WIDTH)
     place = tl.program_id(0) * N + lane
@@ -128,20 +143,38 @@ def first_keys(q_ptr, k_ptr, v_ptr, table_ptr, length, window, out_ptr, BS: tl.c
     decode(q_ptr, k_ptr, v_ptr, table_ptr, 0, 0, tl.minimum(length, window), out_ptr, BS, D)
 
 
+@triton.jit
+def no_largest(q_ptr, k_ptr, v_ptr, table_ptr, length, window, out_ptr, BS: tl.constexpr,
+               D: tl.constexpr):
+    first = tl.maximum(length - window, 0)
+    decode(q_ptr, k_ptr, v_ptr, table_ptr, first, first // BS * BS, length, out_ptr, BS, D)
+
+
+@triton.jit
+def before_the_row(q_ptr, k_ptr, v_ptr, table_ptr, length, window, out_ptr, BS: tl.constexpr,
+                   D: tl.constexpr):
+    first = length - window
+    decode(q_ptr, k_ptr, v_ptr, table_ptr, first, first // BS * BS, length, out_ptr, BS, D)
+
+
 WRONG = [
     ("scale_kernel", no_mask, "behind the result"),
     ("scale_kernel", always_program_zero, "program p"),
     ("scale_kernel", interleaved, "program p"),
     ("rms_kernel", mean_of_the_width, "not by WIDTH"),
     ("rms_kernel", lanes_beyond_count, "other=0.0"),
+    ("rms_kernel", lanes_without_other, "other=0.0"),
+    ("rms_kernel", no_such_name, "in line"),
     ("rms_kernel", eps_outside, "and not"),
     ("store_rows_kernel", writes_nowhere_too, "nowhere"),
     ("store_rows_kernel", row_is_slot, "slots[i]"),
     ("store_rows_kernel", slot_times_nothing, "slots[i] * D"),
-    ("merge_kernel", plain_mean, "and not"),
+    ("merge_kernel", plain_mean, "weight of a part"),
     ("merge_kernel", overflows, "subtract the largest"),
     ("merge_kernel", nan_without_keys, "no key"),
     ("window_decode_kernel", no_window, "window"),
     ("window_decode_kernel", whole_blocks, "mask the keys before"),
     ("window_decode_kernel", first_keys, "first key in the window"),
+    ("window_decode_kernel", no_largest, "the largest score"),
+    ("window_decode_kernel", before_the_row, "all keys count"),
 ]

@@ -24,7 +24,7 @@ def test_two_ranks(tmp_path):
         file.write_bytes(bytes(PeerMemory.size(2)))
     folder, model = make_checkpoint(folder=tmp_path / "model")
     store = open_store()
-    command = lambda rank: (sys.executable, RANK, rank, store.port, *files, folder,
+    command = lambda rank: (sys.executable, RANK, rank, store.path, *files, folder,
                             tmp_path / "result")
     with started(*command(0)) as first, started(*command(1)) as second:
         errors = [rank.communicate(timeout=250)[1] for rank in (first, second)]

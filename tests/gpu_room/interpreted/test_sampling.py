@@ -1,0 +1,41 @@
+"""Tokens drawn by kernels against day 5's sampler (tests/gpu/test_sampling.py has large ones)."""
+
+import pytest
+import torch
+
+from nanovllm import SamplingParams
+from nanovllm.gpu.sampling import TritonSampler
+from nanovllm.layers.sampler import Sampler
+
+CPU = torch.device("cpu")
+WISHES = [dict(), dict(temperature=.6, top_k=20, top_p=.95), dict(temperature=1.3, top_p=.9),
+          dict(temperature=0), dict(top_k=3, top_p=1e-4), dict(temperature=1e-30)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_seeded_rows_get_the_plain_sampler_s_tokens(dtype):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(6, 700, generator=g)).to(dtype)
+    params = [SamplingParams(seed=i, **wish) for i, wish in enumerate(WISHES)]
+    fast, taught = TritonSampler(CPU), Sampler()
+    assert fast(logits, params, [4] * 6).tolist() == taught(logits, params, [4] * 6).tolist()
+
+
+def test_equal_logits_and_no_numbers():
+    logits = torch.zeros(4, 600)
+    logits[1, 7], logits[2, 7], logits[3] = torch.nan, torch.inf, -torch.inf
+    params = [SamplingParams(top_k=3, seed=1)] * 4
+    tokens = TritonSampler(CPU)(logits, params, [0] * 4).tolist()
+    assert tokens == Sampler()(logits, params, [0] * 4).tolist()
+    assert tokens[0] < 3 and tokens[1:] == [-1] * 3
+
+
+def test_wishes_are_sent_when_the_batch_changes():
+    sampler, params = TritonSampler(CPU), [SamplingParams(top_k=2, seed=1)] * 2
+    logits = torch.randn(2, 300)
+    sampler(logits, params, [0, 0])
+    first = sampler.on_device
+    sampler(logits, list(params), [1, 1])
+    assert sampler.on_device is first
+    sampler(logits, [params[0], SamplingParams(seed=2)], [2, 2])
+    assert sampler.on_device is not first
