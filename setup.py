@@ -36,13 +36,15 @@ setup(
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
     # The bundled checkpoint is data of the package, not a package of its own. C is compiled where
     # it runs.
-    package_data={"nanovllm": ["demo_model/*"], "": ["*.c", "*.h"]},
+    package_data={"nanovllm": ["demo_model/*"], "": ["*.c", "*.h", "*.html"]},
     install_requires=lines("requirements"),
     extras_require={
         "flash-attn": lines("flash_attn_requirements"),
+        "serve": lines("serve_requirements"),
         "dev": lines("dev_requirements"),
     },
     # Lets nbdev's documentation tools link a symbol to the notebook that explains it.
-    entry_points={"nbdev": ["nanovllm=nanovllm._modidx:d"]},
+    entry_points={"nbdev": ["nanovllm=nanovllm._modidx:d"],
+                  "console_scripts": ["nanovllm=nanovllm.cli:main"]},
     zip_safe=False,
 )

@@ -143,7 +143,7 @@ def test_what_the_course_promises_is_there():
     assert not missing
 
 
-ROOMS = ("cpu", "gpu")
+ROOMS = ("cpu", "gpu", "serve")
 EVENING = ("engine/sequence", "engine/block_manager", "engine/scheduler", "utils/context",
            "engine/model_runner", "models/qwen3", "layers/attention", "layers/sampler",
            "engine/llm_engine", "llm")  # a route through the package, in this order
@@ -169,15 +169,15 @@ def test_the_core_is_read_in_an_evening():
 def test_the_package_does_not_grow():
     """With its rooms and their C, without nbdev's index.
 
-    Of these lines some 1,900 are what one need not read for an evening: checks of files, the books
-    after an error, processes, the kernels that draw tokens.
+    Most of them one need not read for an evening: 1,500 serve over HTTP, some 1,900 are checks of
+    files, the books after an error, processes, and the kernels that draw tokens.
     """
     files = [p for p in exporter.LIB.rglob("*") if p.suffix in (".py", ".c", ".h")]
-    assert sum(lines(path) for path in files if path.name != "_modidx.py") <= 7200
+    assert sum(lines(path) for path in files if path.name != "_modidx.py") <= 8900
 
 
 def test_the_core_enters_rooms_by_their_doors():
-    """Only utils/rooms.py names a module of theirs."""
+    """Only utils/rooms.py names a module of theirs, and the command line the server."""
     def named(path):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -188,7 +188,7 @@ def test_the_core_enters_rooms_by_their_doors():
 
     inside = re.compile(rf"(^\.+|nanovllm\.)({'|'.join(ROOMS)})(\.|$)")
     found = {name_of(path): name for path in MODULES if is_core(path)
-             for name in named(path) if inside.search(name)}
+             for name in named(path) if inside.search(name) and path.name != "cli.py"}
     assert not found
 
 

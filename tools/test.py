@@ -9,7 +9,7 @@ The steps:
   repo       pytest tests/: the package, the tools, and what must hold for every file
   notebooks  nbdev_test: each notebook runs from its first cell to its last
   days       each notebook runs on the package of its own and the earlier days alone
-  rooms      without nanovllm/cpu, nanovllm/gpu or both, the tests of all the rest pass
+  rooms      without nanovllm/cpu, gpu or serve, or all, the tests of all the rest pass
   sanitize   the C kernels' tests pass under gcc's address and undefined-behaviour sanitizers
 """
 
@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 from tools.check_days import check, environment, everything
 from tools.export import LIB, PACKAGE, ROOT, select
 
-ROOMS = ("cpu", "gpu")
+ROOMS = ("cpu", "gpu", "serve")
 CORE_TESTS = (                 # what must pass without rooms; a room's own tests skip themselves
     "tests", *(f"--ignore=tests/{name}" for name in ("course", "tools", "bench", "test_repo.py")))
 KERNEL_TESTS = tuple(          # what runs the C under the sanitizers

@@ -26,6 +26,7 @@ def outputs(call, *args, **kwargs):
 
 
 def test_figures():
+    before = plt.get_fignums()
     frames = [canvas(1.0, title=f"{i}")[0] for i in range(3)]
     (page, _), (still, said) = outputs(stepper, frames, ["a", "b < c", "d"], "three of them",
                                        still=[0, 2])
@@ -34,7 +35,7 @@ def test_figures():
     assert html.count(" checked") == 1 and "<script" not in html
     assert re.findall(r'alt="([^"]*)"', html) == ["a", "b &lt; c", "d"]
     assert "image/png" in still and said["image/png"]["alt"] == "three of them"
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
 
 
 def test_two_on_a_page_do_not_mix():

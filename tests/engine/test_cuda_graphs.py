@@ -9,7 +9,9 @@ import torch
 from fixtures import hf_generate, make_checkpoint, random_prompts
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.engine.cuda_graphs import StaticStep, graph_sizes
+from nanovllm.config import Config
+from nanovllm.engine.cuda_graphs import Recordings, StaticStep, graph_sizes
+from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.layers.backends import ATTENTION_BACKENDS
 from nanovllm.utils.context import Context
 from nanovllm.utils.rooms import find_room
@@ -98,6 +100,23 @@ def test_what_is_recorded_and_what_is_not(good, monkeypatch):
         assert not recordings.fits(prefill)
         recordings.clear()
         assert not recordings.fits(decode_step(1))
+
+
+def test_recordings_are_in_the_sum_before_there_is_a_cache(good, monkeypatch):
+    """The largest has the memory that all share, the next shows what each other adds."""
+    class PretendedRecordings(Recordings):
+        def record(self, inputs):
+            return None, None
+
+    monkeypatch.setitem(ATTENTION_BACKENDS, "padded", PaddedBackend)
+    runner = ModelRunner(Config(good[0], device="cpu", attention_backend="padded",
+                                max_num_seqs=20, num_kvcache_blocks=12))
+    left = iter([1000, 900, 890])
+    monkeypatch.setattr("nanovllm.engine.cuda_graphs.free_memory", lambda device: next(left))
+    recordings = PretendedRecordings(runner)
+    assert recordings.estimate_bytes() == 100 + 10 * (len(graph_sizes(20)) - 1)
+    assert not recordings.recorded
+    assert all(layer.k_cache is None for layer in runner.attention_layers())
 
 
 def test_a_closed_engine_gives_its_memory_back(good, monkeypatch):

@@ -17,13 +17,15 @@ from fixtures import hf_generate, make_checkpoint, random_prompts
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
-from nanovllm.engine.ranks import pack_step, rank_device, unpack_step
+from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine.ranks import STEP, follow, pack_step, rank_device, unpack_step
 from nanovllm.layers.linear import check_tensor_parallel_size
 from nanovllm.utils.context import Context
 from nanovllm.utils.rooms import find_room
 from nanovllm.utils.workers import WorkerProcesses
 from tests.parity import logprobs, worst_difference
 from tests.processes import SCRIPTS, children, environment, run, started
+from tests.utils.test_distributed import on_ranks
 
 NEW = 12
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW)
@@ -47,6 +49,30 @@ def test_a_packed_step_is_unpacked_the_same(samples, tables):
 
 def test_devices_of_ranks():
     assert rank_device("cpu", 3) == "cpu"
+
+
+def test_all_ranks_take_the_blocks_of_the_poorest(tmp_path):
+    """And follow: rank 0 has the logits of a step that it tells, the others have none."""
+    class UnequalRunner(ModelRunner):
+        def _cache_bytes(self):
+            return super()._cache_bytes() // (1000 + 100 * self.group.rank)
+
+    def lead_or_follow(group):
+        runner = UnequalRunner(config, group)
+        if group.rank > 0:
+            return runner.num_blocks, follow(runner)
+        step = Context.pack([5, 6, 7], [0, 1, 2], [0, 1, 2], [0, 3], [3], [[0]], [2])
+        group.broadcast(torch.cat([torch.tensor([STEP]).int(), pack_step(step)]))
+        logits = runner.execute(step)
+        group.broadcast(torch.empty(0).int())
+        return runner.num_blocks, logits
+
+    folder, model = make_checkpoint(folder=tmp_path, num_attention_heads=4, num_key_value_heads=2)
+    config = Config(folder, device="cpu")
+    (blocks, logits), other = on_ranks(torch.inference_mode()(lead_or_follow))
+    assert blocks == other[0] and other[1] is None
+    right = model(torch.tensor([[5, 6, 7]])).logits[0, -1:]
+    torch.testing.assert_close(logits, right, atol=1e-4, rtol=1e-4)
 
 
 @processes

@@ -111,7 +111,8 @@ def test_shards():
 
 
 def test_sizes_that_do_not_divide():
-    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermediate_size=80)
+    config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, intermediate_size=80,
+                             num_hidden_layers=2)
     for size in (1, 2, 4):
         check_tensor_parallel_size(config, size)
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not.*choose one of 1, 2, 4"):
@@ -121,5 +122,5 @@ def test_sizes_that_do_not_divide():
 @pytest.mark.processes
 def test_experts_that_cannot_be_dealt_out(tmp_path):
     folder, _ = make_checkpoint("qwen3_moe", folder=tmp_path, moe_intermediate_size=25)
-    with pytest.raises(ValueError, match="tensor_parallel_size=2 does not divide 25"):
+    with pytest.raises(ValueError, match="size=2 does not divide.*moe_intermediate_size 25"):
         LLM(folder, tensor_parallel_size=2, device="cpu", num_kvcache_blocks=8)
