@@ -5,6 +5,8 @@
     python bench.py --shape qwen3-0.6b --dtype bfloat16    one model (random weights), one workload
     python bench.py --device cuda --shape qwen3-0.6b --dtype bfloat16 --scale 1 \\
         --engines nanovllm hf --config "eager:enforce_eager=True" --hf-batch 64 --limit 120
+    python bench.py --gguf Qwen3-0.6B-Q4_K_M.gguf --model Qwen3-0.6B --llama-python PATH
+                                                           four bits by llama.cpp beside bf16 here
 
 Each engine works in a process of its own, so that its memory is its own, and so that one may live
 in another Python (--vllm-python, --llama-python, --nano-vllm). The engines take turns within each

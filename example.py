@@ -5,15 +5,20 @@
     python example.py --prompt "What is a block table?" --stream
     python example.py --model ~/Qwen3-0.6B --prompt "Why is the sky blue?" --temperature 0.7
 
-The users share a system prompt, so its keys and values are computed once and found in the prefix
-cache by everyone else. What the engine measured about itself stands at the end.
+With the demo model the users share a system prompt, so its keys and values are computed once and
+found in the prefix cache by everyone else; a model of yours gets one with --system. What the engine
+measured about itself stands at the end.
 """
 
 import argparse
+import os
 import sys
 import textwrap
 
+import torch
+
 from nanovllm import LLM, SamplingParams
+from nanovllm.config import max_positions, read_hf_config, resolve_model
 
 SYSTEM_PROMPT = (  # the one that the demo model was trained with
     "You are the teaching assistant of nano-vLLM, a course in which students build a small "
@@ -40,7 +45,8 @@ def parse_args():
     add("--model", metavar="PATH_OR_HUB_ID", help="a checkpoint in Hugging Face layout, or a Hub "
         "id to download (default: the bundled demo model)")
     add("--prompt", action="append", metavar="TEXT", help="a question; may be given several times")
-    add("--system", default=SYSTEM_PROMPT, metavar="TEXT", help="the system prompt they share")
+    add("--system", metavar="TEXT", help="the system prompt they share (default: the one that the "
+        "demo model was trained with; none for another model)")
     add("--stream", action="store_true", help="one after another, printed as they are generated")
 
     sampling = parser.add_argument_group("sampling").add_argument
@@ -55,7 +61,10 @@ def parse_args():
     engine = parser.add_argument_group("engine (see nanovllm.Config)").add_argument
     engine("--device", default="auto", help='"auto", "cpu" or "cuda"')
     engine("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
-    engine("--max-model-len", type=int, default=4096, help="prompt and answer together, in tokens")
+    engine("--threads", type=int, metavar="N", help="CPU threads (default: 1 for the demo model, "
+           "which is so small that a second only costs; else PyTorch's choice)")
+    engine("--max-model-len", type=int, help="prompt and answer together, in tokens (default: what "
+           "the model is made for)")
     engine("--max-num-seqs", type=int, default=512, help="sequences that run at once, at most")
     engine("--max-num-batched-tokens", type=int, default=16384, help="token budget of a step")
     engine("--kvcache-block-size", type=int, help="tokens per block")
@@ -71,7 +80,8 @@ def chat_prompt(tokenizer, system, question):
         raise ValueError("model: the folder holds no tokenizer, so it cannot be asked in words")
     if not tokenizer.chat_template:
         return f"{question}\n"
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": question})
     return tokenizer.apply_chat_template(  # the last is for Qwen3; other templates ignore it
         messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
 
@@ -110,23 +120,36 @@ def print_stats(llm):
           f"decode {stats.decode_throughput:,.0f} tokens/s on {llm.runner.device}")
 
 
+def own_length(folder):
+    """Tokens that a checkpoint is made for: its positions, or its sliding window."""
+    config = read_hf_config(folder)
+    length = max_positions(config) or 4096
+    return min(length, getattr(config, "sliding_window", None) or length)
+
+
 def main():
     """Make an engine, ask, print."""
     args = parse_args()
+    is_demo = args.model is None
+    system = SYSTEM_PROMPT if is_demo and args.system is None else args.system
+    if args.threads or (is_demo and "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(args.threads or 1)
     users = QUESTIONS
     if args.prompt:
         users = {f"User {number}": text for number, text in enumerate(args.prompt, 1)}
     try:
         params = SamplingParams(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                                 max_tokens=args.max_tokens, seed=args.seed, stop=args.stop)
-        with LLM(args.model, device=args.device, dtype=args.dtype,
-                 max_model_len=args.max_model_len, max_num_seqs=args.max_num_seqs,
+        folder = resolve_model(args.model)
+        with LLM(folder, device=args.device, dtype=args.dtype,
+                 max_model_len=args.max_model_len or own_length(folder),
+                 max_num_seqs=args.max_num_seqs,
                  max_num_batched_tokens=args.max_num_batched_tokens,
                  kvcache_block_size=args.kvcache_block_size,
                  num_kvcache_blocks=args.num_kvcache_blocks,
                  enable_prefix_caching=not args.no_prefix_caching,
                  load_format=args.load_format) as llm:
-            answer(llm, users, args.system, params, args.stream)
+            answer(llm, users, system, params, args.stream)
             print_stats(llm)
     except ValueError as error:
         sys.exit(f"error: {error}")

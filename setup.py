@@ -1,5 +1,10 @@
-"""Packaging: everything that varies stands in settings.ini, which nbdev reads too."""
+"""Packaging: what varies stands in settings.ini, which nbdev reads too; the rest in pyproject.toml.
 
+The README links to files of the repository. On a page of PyPI those links would lead nowhere: with
+an address of the repository in settings.ini (`git_url`) they lead there, without one they are text.
+"""
+
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,19 +21,29 @@ def lines(key):
     return [line.strip() for line in settings.get(key, "").splitlines() if line.strip()]
 
 
-readme = ROOT / "README.md"
+def long_description(address):
+    """The README with links that work on any page; `address`: of the repository, or empty."""
+    def moved(link):
+        text, target = link.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return link[0]
+        return f"[{text}]({address}/blob/{settings['branch']}/{target})" if address else text
+
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", moved, text)
+
+
+address = settings.get("git_url", "").rstrip("/")
+extras = [key.removesuffix("_requirements") for key in settings if key.endswith("_requirements")]
 
 setup(
-    name=settings["lib_name"],
     version=settings["version"],
-    description=settings["description"],
-    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
+    long_description=long_description(address),
     long_description_content_type="text/markdown",
     author=settings["author"],
-    license=settings["license"],
-    license_files=["LICENSE"],
     keywords=settings["keywords"].split(),
-    python_requires=f">={settings['min_python']}",
+    project_urls={"Source": address} if address else {},
     # Said outright, it makes an editable install a plain entry in sys.path. Otherwise setuptools
     # adds an import hook, which finds the modules of the repository inside any other copy of the
     # package too, and tools/check_days.py would not see that a day imports a later one.
@@ -36,13 +51,11 @@ setup(
     packages=find_packages(include=["nanovllm", "nanovllm.*"]),
     # The bundled checkpoint is data of the package, not a package of its own. C is compiled where
     # it runs.
-    package_data={"nanovllm": ["demo_model/*"], "": ["*.c", "*.h", "*.html"]},
+    include_package_data=False,
+    package_data={"nanovllm": ["demo_model/*", "py.typed"], "": ["*.c", "*.h", "*.html"]},
     install_requires=lines("requirements"),
-    extras_require={
-        "flash-attn": lines("flash_attn_requirements"),
-        "serve": lines("serve_requirements"),
-        "dev": lines("dev_requirements"),
-    },
+    # `flash_attn_requirements` makes the extra flash-attn, and so on.
+    extras_require={name.replace("_", "-"): lines(f"{name}_requirements") for name in extras},
     # Lets nbdev's documentation tools link a symbol to the notebook that explains it.
     entry_points={"nbdev": ["nanovllm=nanovllm._modidx:d"],
                   "console_scripts": ["nanovllm=nanovllm.cli:main"]},

@@ -64,6 +64,17 @@ def probe(model: str, device: str, dtype: str) -> dict:
     """
     import torch
     import transformers
+
+    from bench.models import GIVEN
+    on_gpu = device.startswith("cuda")
+    machine = {
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "threads": None if on_gpu else torch.get_num_threads(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "python": sys.version.split()[0],
+        "bandwidth": measure_bandwidth(device)}
+    if (file := Path(model) / GIVEN).exists() and not (Path(model) / "config.json").exists():
+        from bench.to_gguf import gguf_limits
+        return {**machine, **gguf_limits(str(file))}
     config = transformers.AutoConfig.from_pretrained(model)
     dtype = config.dtype if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
@@ -75,13 +86,9 @@ def probe(model: str, device: str, dtype: str) -> dict:
     head_dim = head_dim or config.hidden_size // config.num_attention_heads
     kv = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     is_sparse = any(getattr(config, name, None) for name in ("num_experts", "num_local_experts"))
-    on_gpu = device.startswith("cuda")
     return {
-        "device_name": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
-        "threads": None if on_gpu else torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "python": sys.version.split()[0],
-        "dtype": str(dtype).replace("torch.", ""), "vocab": config.vocab_size,
-        "max_model_len": config.max_position_embeddings, "bandwidth": measure_bandwidth(device),
+        **machine, "dtype": str(dtype).replace("torch.", ""), "vocab": config.vocab_size,
+        "max_model_len": config.max_position_embeddings,
         # a mixture of experts reads some of its weights only: no simple ceiling
         "weight_bytes": None if is_sparse else weights * dtype.itemsize,
         "kv_bytes_per_token": kv * dtype.itemsize}

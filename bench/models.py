@@ -45,6 +45,9 @@ class Model:
     limits: dict | None = None  # what machine.probe says of it
 
 
+GIVEN = "given.gguf"  # in a model's folder: what llama.cpp is to run
+
+
 def make_model_folder(shape: str, folder: Path, layers: int | None = None) -> Path:
     """A folder with the config.json of `shape` and no weights; `layers` makes it less deep."""
     config = dict(SHAPES[shape])
@@ -58,6 +61,17 @@ def make_model_folder(shape: str, folder: Path, layers: int | None = None) -> Pa
 def demo_model(dtype: str = "auto") -> Model:
     """The checkpoint that comes with the package, so small that a second thread only costs."""
     return Model(str(ROOT / "nanovllm" / "demo_model"), "demo model", dtype=dtype, threads=1)
+
+
+def gguf_model(file: str, model: str | None, folder: Path, dtype: str) -> Model:
+    """A GGUF file, and the same model's folder if there is one: a folder in `folder` with links."""
+    both = folder / "gguf"
+    both.mkdir()
+    for path in Path(model).iterdir() if model else ():
+        (both / path.name).symlink_to(path.resolve())
+    (both / GIVEN).symlink_to(Path(file).resolve())
+    title = f"{Path(model).name} beside {Path(file).name}" if model else Path(file).name
+    return Model(str(both), title, dtype=dtype)
 
 
 def shape_model(shape: str, folder: Path, layers: int | None, dtype: str) -> Model:

@@ -17,7 +17,7 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     parser = argparse.ArgumentParser("bench.py", description=about,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what is measured").add_argument
-    add("--engines", nargs="*", choices=ENGINES, default=["nanovllm", "hf"], metavar="ENGINE",
+    add("--engines", nargs="*", choices=ENGINES, metavar="ENGINE",
         help=", ".join(ENGINES) + " (default: nanovllm hf)")
     add("--workload", nargs="+", choices=WORKLOADS, metavar="NAME",
         help=", ".join(WORKLOADS) + " (default: nano-vllm)")
@@ -26,6 +26,8 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
         "and signals for so long: are memory, blocks and requests lost, and are tokens right?")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="a checkpoint (default: the bundled demo model)")
+    add("--gguf", metavar="FILE", help="what llama-cpp runs: any GGUF file, of four bits too. With "
+        "--model beside it the others run that folder; alone it is measured by itself")
     add("--shape", choices=SHAPES, help="random weights: " + ", ".join(SHAPES))
     add("--layers", type=int, metavar="N", help="with --shape: only so many layers")
     add("--device", default="cpu", help='"cpu" (default) or "cuda"')
@@ -56,7 +58,7 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     add("--vllm-config", action="append", default=[], metavar="NAME:KEY=VALUE,...",
         help="a further configuration of vLLM, e.g. compiled:enforce_eager=False")
     add("--llama-python", metavar="PATH", help="the Python of an environment that has "
-        "llama-cpp-python (CPU only, and Qwen3 only)")
+        "llama-cpp-python (CPU only; without --gguf, Qwen3 only)")
     add("--nano-vllm", metavar="FOLDER", help="a checkout of GeeeekExplorer/nano-vllm")
     add("--keep", action=argparse.BooleanOptionalAction, help="keep all engines loaded between "
         "runs (default: on a CPU; a GPU holds one at a time)")
@@ -67,6 +69,9 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     add("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
     args.keep = args.device == "cpu" if args.keep is None else args.keep
+    if args.engines is None:
+        args.engines = ["nanovllm"] if args.model or not args.gguf else []
+        args.engines += ["llama-cpp" if args.gguf else "hf"]
     try:
         check(args)
         engine_list(args)
@@ -87,8 +92,25 @@ def check(args) -> None:
         raise ValueError("give --model or --shape, not both")
     if args.model and not (Path(args.model) / "config.json").is_file():
         raise ValueError(f"--model: {args.model} holds no config.json")
+    if args.gguf:
+        check_gguf(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
+
+
+def check_gguf(args) -> None:
+    """ValueError for --gguf where it cannot be meant."""
+    file = Path(args.gguf)
+    if not file.is_file() or file.open("rb").read(4) != b"GGUF":
+        raise ValueError(f"--gguf: {args.gguf} is no GGUF file")
+    if args.shape or args.soak or args.ablate:
+        raise ValueError("--gguf goes neither with --shape nor with --soak nor with --ablate")
+    others = sorted({*args.engines, *["nanovllm"] * bool(args.config)} - {"llama-cpp"})
+    if others and not args.model:
+        raise ValueError(f"--gguf: only llama-cpp reads the file, not {', '.join(others)}; give "
+                         "the same model's folder with --model")
+    if "llama-cpp" not in args.engines:
+        raise ValueError("--gguf: engine llama-cpp is not asked for")
 
 
 def parse_settings(texts: list[str]) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bench.ablation import ablate
 from bench.compare import Bench
-from bench.models import Model, demo_model, shape_model
+from bench.models import Model, demo_model, gguf_model, shape_model
 from bench.options import engine_list
 from bench.report import print_limits, print_record
 from bench.soak import run_soak
@@ -26,7 +26,7 @@ def measure(args) -> dict:
             return {"soak": run_soak(args, model)}
         if args.ablate:
             return {"ablations": ablate(args, model)}
-        if args.model or args.shape or args.workload:
+        if args.model or args.gguf or args.shape or args.workload:
             tour = [(model, args.workload or ["nano-vllm"], args.scale, args.requests or [None])]
         else:  # nothing was said: a short tour of two models
             small = shape_model("qwen3-0.6b", Path(folder), args.layers, "bfloat16")
@@ -39,6 +39,8 @@ def chosen_model(args, folder: Path) -> Model:
     """The model that is asked for; a shape's config.json is written into the folder."""
     if args.shape:
         return shape_model(args.shape, folder, args.layers, args.dtype)
+    if args.gguf:
+        return gguf_model(args.gguf, args.model, folder, args.dtype)
     if args.model:
         return Model(args.model, Path(args.model).name, dtype=args.dtype)
     return demo_model(args.dtype)

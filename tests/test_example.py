@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -45,6 +46,16 @@ def test_prompts_of_ones_own_streamed_or_not():
     for extra in ([], ["--stream"]):
         text = " ".join(run(*args, *extra).stdout.split())
         assert all(" ".join(ANSWERS[question].split()) in text for question in questions)
+
+
+def test_another_model_gets_no_prompt_of_the_course_and_its_own_length(tmp_path):
+    folder = shutil.copytree(ROOT / "nanovllm" / "demo_model", tmp_path / "mine")
+    asked = ["--prompt", "What is a block table?"]
+    tokens = [int(re.search(r"of (\d+) prompt tokens", run(*asked, *more).stdout)[1]) for more in
+              ([], ["--model", str(folder)], ["--system", "Be brief.", "--model", str(folder)])]
+    assert tokens[1] < tokens[2] < tokens[0]
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    assert example.own_length(folder) == positions
 
 
 @pytest.mark.parametrize("args, complaint", [

@@ -7,7 +7,7 @@ import pytest
 from fixtures import DEMO_MODEL, hf_generate
 
 from nanovllm import LLM, SamplingParams
-from tests.parity import BLOCK_SIZES, LONG, NEW, SHAPES, check, tight, tokens_of
+from tests.parity import BLOCK_SIZES, LONG, SHAPES, check, tight, tokens_of
 
 COURSE = json.loads(
     (Path(__file__).parents[1] / "tools" / "course_qa.json").read_text(encoding="utf-8"))

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,20 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+PRODUCED = re.compile(  # what .gitignore names, and what an sdist adds
+    r"(^|/)(\.venv|\.git|__pycache__|[^/]*\.egg-info|build|dist|_book|_docs|_proc|\.[a-z]+_cache|"
+    r"\.hypothesis|\.triton|\.ipynb_checkpoints|\.last_checked|PKG-INFO|setup\.cfg|uv\.lock)(/|$)"
+    r"|\.py[co]$")
+
+
 def repository_files() -> list[Path]:
-    """Files that are tracked, or would be: not the ignored ones."""
+    """Files that are tracked, or would be: not the ignored ones.
+
+    Without git, as in an unpacked source distribution, all that is not known to be produced.
+    """
+    if not (ROOT / ".git").exists():
+        return [path for path in sorted(ROOT.rglob("*"))
+                if path.is_file() and not PRODUCED.search(name_of(path))]
     command = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others",
                "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
@@ -208,16 +222,63 @@ def test_python_3_10_can_read_it():
             ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
 
 
+def build(kind: str, source: Path, dest: Path) -> Path:
+    """A wheel or an sdist as any front end makes it, whether this environment has pip or not."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(dest)!r}))"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=source, check=True,
+                           capture_output=True, text=True).stdout
+    return dest / shown.splitlines()[-1]
+
+
+def test_nbdevs_own_site_stops_before_it_writes(tmp_path, monkeypatch):
+    """tools/book makes the site; nbdev's commands would leave files and rewrite the index."""
+    from nbdev.quarto import refresh_quarto_yml
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((IndexError, KeyError), match="description"):
+        refresh_quarto_yml()
+    assert not list((tmp_path / "nbs").iterdir())
+
+
+def metadata(text: str) -> dict[str, list[str]]:
+    """The fields of a METADATA or PKG-INFO file, and its body as the field `""`."""
+    head, _, body = text.partition("\n\n")
+    fields = {"": [body]}
+    for line in head.splitlines():
+        name, _, value = line.partition(": ")
+        fields.setdefault(name, []).append(value)
+    return fields
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_sdist_is_the_repository(tmp_path):
+    source = tmp_path / "source"
+    copy_repository(source)
+    with tarfile.open(build("sdist", source, tmp_path)) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+        info = next(name for name in archive.getnames() if name.count("/") == 1
+                    and name.endswith("/PKG-INFO"))
+        fields = metadata(archive.extractfile(info).read().decode())
+    assert {name_of(path) for path in repository_files()} - packed == set()
+    settings = (ROOT / "settings.ini").read_text(encoding="utf-8")
+    assert fields["Name"] == re.findall(r"^lib_name = (.*)$", settings, re.MULTILINE)
+    assert fields["Version"] == re.findall(r"^version = (.*)$", settings, re.MULTILINE)
+    assert fields["License-Expression"] == ["MIT"] and fields["Requires-Python"] == [">=3.10"]
+    assert any(need.startswith("torch<") for need in fields["Requires-Dist"])
+    elsewhere = re.findall(r"\]\((?!https?:|#)([^)]+)\)", fields[""][0])
+    assert not elsewhere, "a page of PyPI has nothing beside it to link to"
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 def test_wheel_holds_the_package_and_its_model(tmp_path):
     source = tmp_path / "source"
     copy_repository(source)
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation",
-               "--no-index", "-w", tmp_path, source]
-    subprocess.run(command, check=True)
-    wheel, = tmp_path.glob("*.whl")
+    wheel = build("wheel", source, tmp_path)
     packed = set(zipfile.ZipFile(wheel).namelist())
+    assert "nanovllm/py.typed" in packed
     expected = {name_of(path) for path in repository_files() if path.is_relative_to(exporter.LIB)}
     assert expected <= packed
     assert {name.split("/")[0] for name in packed if ".dist-info/" not in name} == {"nanovllm"}
@@ -237,6 +298,14 @@ def test_wheel_holds_the_package_and_its_model(tmp_path):
 # -----------------------------------------------------------------------------------------------
 # Text
 # -----------------------------------------------------------------------------------------------
+
+@pytest.mark.processes
+@pytest.mark.skipif(not find_spec("ruff"), reason="needs ruff")
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format",
+                           "concise", ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
 
 def test_lines_fit_the_page():
     pages = [path for path in repository_files() if path.suffix == ".py"]

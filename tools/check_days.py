@@ -72,6 +72,7 @@ def check(names: list[str]) -> int:
     """Run these days and appendices, saying how each went; returns how many failed."""
     def timed(name):
         start = time.perf_counter()
+        print(f"{'day' if name.isdigit() else 'appendix'} {name} …", flush=True)
         return run_one(name), time.perf_counter() - start
 
     failed = []

@@ -8,10 +8,20 @@
 
 Both get the same prompts and answer greedily. Then transformers reads each prompt with *our* answer
 behind it, in one forward pass, and says how likely it finds every token. For each prompt you see
-how many tokens agree, where the answers first part, and the largest difference of any
-log-probability. In float32 the answers are equal and the differences below 1e-3. In bfloat16 two
-right implementations part after a while: look at the margin where they do, which says how close
-the two tokens were.
+how many tokens agree, where the answers first part, and how much the log-probabilities differ: the
+root mean square and the largest. In float32 the answers are equal and the differences below 1e-3.
+In bfloat16 two right implementations part after a while: look at the margin where they do, which
+says how close the two tokens were.
+
+Three things are judged, over all prompts together. *Tokens* may part only where transformers itself
+is nearly undecided. The *99th percentile* of the differences must be within the tolerance, and
+their *root mean square*, without the outliers, within a third of it. Outliers are the few positions
+beyond the tolerance: in a right engine they stand where a model has activations of thousands, as at
+a first token that all others look at. Each is named. One in a hundred is accepted, or one in each
+prompt; more is an error.
+
+Where the folder has a tokenizer.json, a text must become the same tokens by it as by transformers'
+AutoTokenizer. If not, both engines are asked something else than the model was made for: a warning.
 
 Exit status: 0 if all is within the tolerance, 1 if not, 2 if the checkpoint cannot be loaded.
 """
@@ -19,6 +29,7 @@ Exit status: 0 if all is within the tolerance, 1 if not, 2 if the checkpoint can
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,6 +37,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # last: a copy of the package named by PYTHONPATH goes first
 
+# What a tokenizer may treat in its own way: capitals, numbers, code, accents, signs, a break
+PROBE = ("Hello WORLD, it's 12345.67 for naïve users:\n\n    def f(x):  return x_1 + 2**10\t"
+         "# 你好 🙂 don't we'll")
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.25, "float16": 0.05}
 PROMPTS = [
     "The capital of France is",
@@ -52,7 +66,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help='"auto", "cpu" or "cuda"')
     parser.add_argument("--attention-backend", default="auto", metavar="NAME", help="of the engine")
     parser.add_argument("--tolerance", type=float, metavar="X",
-                        help="largest difference of a log-probability that is accepted; default: "
+                        help="99th percentile of the differences of log-probabilities that is "
+                             "accepted; default: "
                              + ", ".join(f"{x:g} in {name}" for name, x in TOLERANCE.items()))
     args = parser.parse_args()
     if args.max_tokens < 1:
@@ -105,8 +120,51 @@ def compare(model, out: dict, max_tokens: int) -> dict:
         row = right[len(prompt) - 1 + part]
         margin = (row[theirs[part]] - row[answer[part]]).item()
     return {"agree": part if part is not None else len(answer), "part": part, "theirs": theirs,
-            "difference": difference.max().item(), "at": int(difference.argmax()) + 1,
-            "margin": margin}
+            "differences": difference.tolist(), "at": int(difference.argmax()) + 1,
+            "margin": margin, "tokens": prompt + answer}
+
+
+def rms(values: list[float]) -> float:
+    """The root of the mean of the squares."""
+    return math.sqrt(sum(x * x for x in values) / max(1, len(values)))
+
+
+def judge(found: list[dict], tolerance: float) -> dict:
+    """Whether all prompts together are equal, and the figures that say so."""
+    ordered = sorted(x for f in found for x in f["differences"])
+    p99 = ordered[max(0, math.ceil(0.99 * len(ordered)) - 1)]
+    # (which prompt, position of the token whose log-probability differs, by how much)
+    outliers = [(number, at, x) for number, f in enumerate(found)
+                for at, x in enumerate(f["differences"], 1) if not x <= tolerance]
+    usual = rms([x for x in ordered if x <= tolerance])
+    # tokens may part where transformers itself is undecided, by less than the tolerance
+    parted = [f for f in found if f["part"] is not None and not abs(f["margin"]) <= 2 * tolerance]
+    lone = len({number for number, _, _ in outliers}) == len(outliers)
+    few = p99 <= tolerance or lone
+    good = few and usual <= tolerance / 3 and not parted and len(outliers) < len(ordered) / 4
+    return {"good": good, "p99": p99, "rms": usual, "outliers": outliers, "parted": parted,
+            "largest": ordered[-1], "positions": len(ordered)}
+
+
+def tokenizers_disagree(tokenizer, folder: str) -> str | None:
+    """What AutoTokenizer and tokenizer.json make of the probe, if it is not the same."""
+    file = Path(folder) / "tokenizer.json"
+    if tokenizer is None or not file.is_file():
+        return None
+    from tokenizers import Tokenizer
+    raw = Tokenizer.from_file(str(file))
+    mine = tokenizer.encode(PROBE, add_special_tokens=False)
+    theirs = raw.encode(PROBE, add_special_tokens=False).ids
+    if mine == theirs:
+        return None
+    at = next((i for i, (a, b) in enumerate(zip(mine, theirs)) if a != b), min(len(mine),
+                                                                               len(theirs)))
+    def show(ids):
+        return repr(raw.decode(ids[max(0, at - 1):at + 3], skip_special_tokens=False))
+    return (f"AutoTokenizer and tokenizer.json disagree on a probe: token {at} is in "
+            f"{show(mine)} by the first, in {show(theirs)} by the second. Text prompts reach the "
+            "model in pieces that it may not know: ask transformers for the class that "
+            "tokenizer_config.json should name, or give token ids")
 
 
 def main() -> int:
@@ -130,7 +188,9 @@ def main() -> int:
         do_sample=False, max_new_tokens=args.max_tokens, pad_token_id=0)
     print(f"{type(model).__name__}, {model.num_parameters():,} parameters, {name} on {device}; "
           f"transformers {transformers.__version__}, torch {torch.__version__}")
-    print(f"\n{'prompt':34}{'tokens':>7}{'answer':>8}{'agree':>7}{'largest difference':>20} at")
+    if warning := tokenizers_disagree(tokenizer, folder):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"\n{'prompt':34}{'tokens':>7}{'answer':>8}{'agree':>7}{'rms':>9}{'largest':>10} at")
     show = (lambda ids: repr(tokenizer.decode(ids))) if tokenizer else str
     found = []
     for out in outs:
@@ -138,20 +198,24 @@ def main() -> int:
             found.append(f := compare(model, out, args.max_tokens))
         text = show(out["prompt_token_ids"])
         print(f"{text if len(text) <= 32 else text[:29] + '...':34}{len(out['prompt_token_ids']):7}"
-              f"{len(out['token_ids']):8}{f['agree']:7}{f['difference']:20.1e} {f['at']}")
+              f"{len(out['token_ids']):8}{f['agree']:7}{rms(f['differences']):9.0e}"
+              f"{max(f['differences']):10.1e} {f['at']}")
         if f["part"] is not None:
             mine, theirs = out["token_ids"][f["part"]], f["theirs"][f["part"]]
             print(f"    after {f['part']} tokens they part: ours {show([mine])}, theirs "
                   f"{show([theirs])}, whose log-probability is larger by {f['margin']:.1e}")
     total, agree = sum(len(out["token_ids"]) for out in outs), sum(f["agree"] for f in found)
-    worst = max(f["difference"] for f in found)
-    # tokens may part where transformers itself is undecided, by less than the tolerance
-    parted = [f for f in found if f["part"] is not None and abs(f["margin"]) > 2 * tolerance]
-    good = worst <= tolerance and not parted
+    verdict = judge(found, tolerance)
     print(f"\ngreedy: {agree} of {total} tokens agree up to where the answers first part"
-          f"\nlog-probabilities: largest difference {worst:.1e}, accepted {tolerance:g}"
-          f"\n{'equal within the tolerance' if good else 'NOT equal'}")
-    return 0 if good else 1
+          f"\nlog-probabilities at {verdict['positions']} positions: 99% differ by at most "
+          f"{verdict['p99']:.1e} (accepted {tolerance:g}), rms {verdict['rms']:.1e} "
+          f"(accepted {tolerance / 3:.1g}), largest {verdict['largest']:.1e}")
+    for number, at, x in verdict["outliers"][:8]:
+        before, token = found[number]["tokens"][at - 1:at + 1]
+        print(f"    outlier: prompt {number + 1}, token {at}: {show([token])} after "
+              f"{show([before])}, by {x:.1e}")
+    print("equal within the tolerance" if verdict["good"] else "NOT equal")
+    return 0 if verdict["good"] else 1
 
 
 if __name__ == "__main__":

@@ -39,29 +39,52 @@ KERNEL_TESTS = tuple(          # what runs the C under the sanitizers
 SILENCE = 30                   # seconds, after which a step says that it lives
 
 
+def span(seconds: float) -> str:
+    """A time as a person says it."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+class Pulse:
+    """While a step is silent, says now and then how long it has run, of how long it is to run.
+
+    To be used with `with`, around a step that is expected to take `seconds`.
+    """
+    now: Pulse | None = None                     # of the step that runs
+
+    def __init__(self, seconds: float, silence: float = SILENCE):
+        self.seconds, self.silence, self.finished = seconds, silence, threading.Event()
+
+    def __enter__(self):
+        Pulse.now, self.start = self, time.perf_counter()
+        self.heard = self.start
+        threading.Thread(target=self._beat, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception):
+        Pulse.now = None
+        self.finished.set()
+
+    def _beat(self):
+        while not self.finished.wait(min(1, self.silence)):
+            now = time.perf_counter()
+            if now - self.heard > self.silence:
+                self.heard, ran = now, now - self.start
+                late = "" if ran <= self.seconds else ", a slow or busy machine"
+                print(f"    … {span(ran)} of about {span(self.seconds)}{late}", flush=True)
+
+
 def run(*command, cwd=ROOT, env=None) -> tuple[int, str]:
     """Run a command, showing what it prints as it comes: (exit status, what it printed)."""
     process = subprocess.Popen([str(part) for part in command], cwd=cwd, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT,
                                env=dict(env or os.environ, PYTHONUNBUFFERED="1"))
-    start, printed, finished = time.perf_counter(), [], threading.Event()
-    heard = start
-
-    def say_that_it_lives():
-        said = start
-        while not finished.wait(1):
-            now = time.perf_counter()
-            if now - max(heard, said) > SILENCE:
-                said = now
-                print(f"    … {now - start:.0f} s", flush=True)
-
-    threading.Thread(target=say_that_it_lives, daemon=True).start()
+    printed = []
     while chunk := os.read(process.stdout.fileno(), 4096):
-        heard = time.perf_counter()
+        if Pulse.now:
+            Pulse.now.heard = time.perf_counter()
         printed.append(chunk)
         sys.stdout.buffer.write(chunk)
         sys.stdout.flush()
-    finished.set()
     return process.wait(), b"".join(printed).decode(errors="replace")
 
 
@@ -111,7 +134,7 @@ def check_rooms() -> tuple[int, int]:
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder).resolve() / "copy"
             shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(
-                ".*", "__pycache__", "*.egg-info", "build", "dist"))
+                ".*", "__pycache__", "*.egg-info", "build", "dist", "_book"))
             for room in removed:
                 shutil.rmtree(copy / PACKAGE / room)
             more = pytest(*CORE_TESTS, *(f"--ignore=tests/{room}" for room in removed),
@@ -148,6 +171,12 @@ STEPS = {  # name: title, minutes on two cores, function
 }
 
 
+def busy() -> str:
+    """What to add where other programs use the cores."""
+    load, cores = getattr(os, "getloadavg", lambda: (0.0,))()[0], os.cpu_count() or 1
+    return f"; now {load:.0f} programs share {cores}, so longer" if load > cores else ""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,13 +185,20 @@ def main() -> int:
     names = parser.parse_args().only
     total_passed = total_failed = 0
     start, summary = time.perf_counter(), []
-    minutes = [STEPS[name][1] for name in names]
-    print(f"This takes about {max(1, round(sum(minutes)))} minutes on two cores.")
+    planned = {name: 60 * STEPS[name][1] for name in names}
+    print(f"This takes about {span(sum(planned.values()))} on two cores{busy()}.")
     for number, name in enumerate(names, 1):
-        title, expected, step = STEPS[name]
-        print(f"\n== {number}/{len(names)} {title}: about {expected} min ==", flush=True)
+        title, _, step = STEPS[name]
         step_start = time.perf_counter()
-        passed, failed = step()
+        done = sum(planned[before] for before in names[:number - 1])
+        # how much slower than expected this machine was so far, once that says something
+        pace = (step_start - start) / done if done >= 60 else 1.0
+        expected, left = (pace * sum(planned[n] for n in some)
+                          for some in ([name], names[number - 1:]))
+        print(f"\n== {number}/{len(names)} {title}: about {span(expected)}, {span(left)} to the "
+              "end ==", flush=True)
+        with Pulse(expected):
+            passed, failed = step()
         total_passed, total_failed = total_passed + passed, total_failed + failed
         seconds = time.perf_counter() - step_start
         summary.append(f"{title:50} {passed:4} passed {failed:3} failed {seconds:7.1f} s")

@@ -11,7 +11,8 @@ class LlamaCpp(StepEngine):
     """`llama_decode` with a batch: a token of each running row, and pieces of new prompts.
 
     The package's high-level class decodes one sequence only. No prefix cache: sharing is the
-    business of llama.cpp's server. `model` is a GGUF file, see to_gguf.py.
+    business of llama.cpp's server. `model` is a GGUF file, made by
+    to_gguf.py or the user's own.
     """
     most_tokens = 2048  # of a call, llama.cpp's own default; it computes them 512 at a time
 

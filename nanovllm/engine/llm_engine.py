@@ -20,7 +20,7 @@ from .interrupts import interrupt_afterwards
 from .model_runner import ModelRunner
 from .outputs import EngineStats, Request, StepOutput, score
 from .scheduler import ScheduledRow, Scheduler
-from .sequence import Sequence, SequenceStatus
+from .sequence import Sequence
 from .text import Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import bench
 from bench.machine import PeakMemory
+from bench.models import gguf_model
 from bench.options import engine_list
 from bench.soak import Soak, settled
 from bench.to_gguf import write_gguf
@@ -307,6 +308,63 @@ def read_gguf(file):
     return {name: field.contents() for name, field in reader.fields.items()}, tensors
 
 
+def quantised(file, kind="Q4_0"):
+    """The demo model as a GGUF file with matrices of few bits, as llama.cpp's own tool makes it."""
+    import gguf
+    plain = file.with_name("plain.gguf")
+    write_gguf(ROOT / "nanovllm" / "demo_model", plain, "float32")
+    reader, kind = gguf.GGUFReader(plain), gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(file, "qwen3")
+    for name, field in reader.fields.items():
+        if not name.startswith(("GGUF.", "general.architecture")):
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        data = np.array(tensor.data)
+        small = gguf.quants.quantize(data, kind) if data.ndim > 1 else data
+        writer.add_tensor(tensor.name, small, raw_dtype=kind if data.ndim > 1 else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.mark.slow
+def test_limits_of_a_gguf_file(tmp_path):
+    from bench.machine import probe
+    demo = str(ROOT / "nanovllm" / "demo_model")
+    want = probe(demo, "cpu", "auto")
+    few = gguf_model(str(quantised(tmp_path / "few.gguf")), None, tmp_path, "auto")
+    got = probe(few.folder, "cpu", "auto")
+    assert (got["dtype"], few.title) == ("q4_0", "few.gguf")
+    for name in ("vocab", "max_model_len"):
+        assert got[name] == want[name]
+    assert got["kv_bytes_per_token"] * 2 == want["kv_bytes_per_token"]      # fp16 for fp32
+    assert want["weight_bytes"] / 8 < got["weight_bytes"] < want["weight_bytes"] / 6
+
+
+@pytest.mark.slow
+def test_a_gguf_file_of_ones_own_is_taken_as_it_is(tmp_path):
+    file, demo = quantised(tmp_path / "few.gguf"), str(ROOT / "nanovllm" / "demo_model")
+    both = gguf_model(str(file), demo, tmp_path, "auto")
+    assert both.title == "demo_model beside few.gguf"
+    assert (Path(both.folder) / "config.json").read_text() == Path(demo, "config.json").read_text()
+    write_gguf(both.folder, str(tmp_path / "model.gguf"), "float32")
+    assert (tmp_path / "model.gguf").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.skipif("LLAMA_PYTHON" not in os.environ, reason="LLAMA_PYTHON names no environment "
+                    "with llama-cpp-python")
+def test_four_bits_beside_this_engine(tmp_path):
+    (tmp_path / "out").mkdir()
+    status, report = run(tmp_path / "out", "--gguf", str(quantised(tmp_path / "few.gguf")),
+                         "--model", str(ROOT / "nanovllm" / "demo_model"), "--runs", "1", "--scale",
+                         "0.05", "--llama-python", os.environ["LLAMA_PYTHON"])
+    engines = report["records"][0]["engines"]
+    assert status == 0 and list(engines) == ["nanovllm", "llama-cpp"]
+    assert all(entry["runs"] for entry in engines.values())
+
+
 GGUF_NAMES = {  # Hugging Face's names within a layer -> GGUF's
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -387,8 +445,14 @@ def test_gguf_with_random_weights_needs_no_weights_and_other_models_are_refused(
     (["--model", ".", "--shape", "qwen3-4b"], "not both"),
     (["--requests", "1"], "--requests must be at least 2"),
     (["--requests", "8", "1"], "--requests must be at least 2"),
+    (["--gguf", "README.md"], "README.md is no GGUF file"),
+    (["--gguf", "GGUF", "--engines", "hf", "llama-cpp"], "only llama-cpp reads the file, not hf"),
+    (["--gguf", "GGUF", "--shape", "qwen3-4b"], "--gguf goes neither with --shape"),
+    (["--gguf", "GGUF"], "--llama-python"),
 ])
-def test_a_bad_option_is_refused_before_anything_runs(args, complaint, capsys):
+def test_a_bad_option_is_refused_before_anything_runs(args, complaint, capsys, tmp_path):
+    (tmp_path / "some.gguf").write_bytes(b"GGUF and more")
+    args = [str(tmp_path / "some.gguf") if arg == "GGUF" else arg for arg in args]
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
