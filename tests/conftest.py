@@ -14,6 +14,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only cost
 
 
+def pytest_collection_modifyitems(config, items):
+    """Tests of many minutes run when they are asked for: `python -m pytest -m long`."""
+    if "long" not in config.getoption("markexpr"):
+        skip = pytest.mark.skip(reason="takes many minutes: python -m pytest -m long")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory):
     """name of tests.parity.SHAPES -> checkpoint, prompts by length, what transformers answers."""

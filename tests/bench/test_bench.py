@@ -217,7 +217,7 @@ def test_nano_vllm_comes_from_its_own_folder(tmp_path, capsys):
 
 @pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.parametrize("minutes", [0.1, 10])
+@pytest.mark.parametrize("minutes", [0.1, 1, pytest.param(10, marks=pytest.mark.long)])
 def test_soak(minutes, tmp_path, capsys):
     """Ten minutes are the gate; the short one is for every day."""
     status, report = run(tmp_path, "--soak", str(minutes))
@@ -227,8 +227,10 @@ def test_soak(minutes, tmp_path, capsys):
     assert got["hostile"] >= got["failed"] and got["tokens"] > 500 and got["preemptions"] > 0
     for name in ("finished", "refused", "signals", "known"):
         assert got[name] > (5 if minutes < 1 else 100), name
+    if minutes >= 1:
+        assert got["worker_deaths"] == minutes
     if minutes > 1:
-        assert got["worker_deaths"] == minutes and bench.drift(got, "rss") < 0.05
+        assert bench.drift(got, "rss") < 0.05
     assert len(got["samples"]) > 5 and all(s["rss"] > 1e7 for s in got["samples"])
     assert "free at the end" in capsys.readouterr().out
 

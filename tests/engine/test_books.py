@@ -123,6 +123,7 @@ def test_anything_at_any_line(work, act, times, llm, good):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("work", [generate, leave, step])
 @pytest.mark.parametrize("act", [interrupt, boom])
 def test_anything_at_every_line(work, act, llm, good):

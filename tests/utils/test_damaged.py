@@ -135,8 +135,8 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("batch", [0, *(pytest.param(n, marks=pytest.mark.slow)
-                                        for n in range(1, 20))])
+@pytest.mark.parametrize("batch", [0, pytest.param(1, marks=pytest.mark.slow), *(
+    pytest.param(n, marks=[pytest.mark.slow, pytest.mark.long]) for n in range(2, 20))])
 @pytest.mark.filterwarnings("ignore")
 def test_damaged(batch, whole, tmp_path):
     for number in range(50 * batch, 50 * batch + 50):
