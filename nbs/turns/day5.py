@@ -116,7 +116,7 @@ def sample_token(written):
         raise Wrong("the same generator with the same seed gave other tokens",
                     "take the noise from it: exponential_(generator=generator)")
     before = logits.clone()
-    written(logits, SamplingParams(top_k=2), generator)
+    written(logits, SamplingParams(temperature=.5, top_k=2), generator)
     if not logits.equal(before):
         raise Wrong("your function changed the logits that it was given", "work on a copy")
 
@@ -293,6 +293,9 @@ def filter_min_p(written):
             if stay != want:
                 raise Wrong(f"of {[round(x, 3) for x in p]} with min_p = {m:.3g} the tokens {want} "
                             f"stay, you kept {stay}", hint)
+            if not row[[i for i in range(len(p)) if i not in stay]].isneginf().all():
+                raise Wrong("what is cut must be -inf, and you left NaN or +inf there",
+                            "masked_fill(…, -torch.inf)")
             if not torch.allclose(row[stay], old[stay]):
                 raise Wrong("a token that stays has another logit than before",
                             "only set what is cut to -inf")
@@ -350,4 +353,7 @@ def generate_n(written):
     if {p.seed for p in asked(SamplingParams(seed=8))} & {p.seed for p in each}:
         raise Wrong("requests with seed=7 and seed=8 share a stream",
                     "seed * 1000 + i, and not seed + i")
-    asked(SamplingParams())                       # no seed: any streams will do
+    drawn = [[p.seed for p in asked(SamplingParams())] for _ in range(2)]
+    if drawn[0] == drawn[1] and drawn[0] != [None] * 3:
+        raise Wrong(f"for a request without a seed you asked for the seeds {drawn[0]}, twice",
+                    "no seed means other answers at every call: leave seed=None")

@@ -63,6 +63,13 @@ def uniform_noise(logits, params, generator):
     return int((logits / params.temperature + noise).argmax())
 
 
+def divides_in_place(logits, params, generator):
+    if params.temperature:
+        logits /= params.temperature
+    wishes = {**vars(params), "temperature": float(params.temperature > 0)}
+    return right.sample_token(logits, SamplingParams(**wishes), generator)
+
+
 def noise_of_its_own(logits, params, generator):
     return right.sample_token(logits, params, None)
 
@@ -186,6 +193,11 @@ def in_place(logits, min_p):
     return logits.masked_fill_(logits < limit - 1e-6, -torch.inf)
 
 
+def cut_to_plus_inf(logits, min_p):
+    kept = right.filter_min_p(logits, min_p)
+    return kept.masked_fill(kept.isinf(), torch.inf)
+
+
 def one_seed_for_all(llm, prompt, params, n):
     return llm.generate([prompt] * n, params, use_tqdm=False)
 
@@ -204,6 +216,11 @@ def neighbours_share(llm, prompt, params, n):
     return llm.generate([prompt] * n, wishes)
 
 
+def seeds_without_a_seed(llm, prompt, params, n):
+    return right.generate_n(llm, prompt, SamplingParams(**{**vars(params),
+                                                           "seed": params.seed or 0}), n)
+
+
 WRONG = [
     ("nucleus", drops_the_crossing_token, "crosses"),
     ("nucleus", higher_ids_first, "stable"),
@@ -212,6 +229,7 @@ WRONG = [
     ("sample_token", always_draws, "temperature 0 is the argmax"),
     ("sample_token", top_p_first, "top-k left"),
     ("sample_token", uniform_noise, "-log(E)"),
+    ("sample_token", divides_in_place, "changed the logits"),
     ("sample_token", noise_of_its_own, "same generator"),
     ("sample_token", temperature_last, "comes first"),
     ("stream_utf8", each_piece_alone, "half a character"),
@@ -229,8 +247,10 @@ WRONG = [
     ("filter_min_p", absolute, "times the probability"),
     ("filter_min_p", one_limit_for_all, "min_p[:, None]"),
     ("filter_min_p", in_place, "masked_fill copies"),
+    ("filter_min_p", cut_to_plus_inf, "must be -inf"),
     ("generate_n", one_seed_for_all, "equal seeds"),
     ("generate_n", one_after_another, "one call"),
     ("generate_n", forgets_the_wishes, "wishes"),
     ("generate_n", neighbours_share, "share a stream"),
+    ("generate_n", seeds_without_a_seed, "without a seed"),
 ]

@@ -39,3 +39,33 @@ def test_wishes_are_sent_when_the_batch_changes():
     assert sampler.on_device is first
     sampler(logits, [params[0], SamplingParams(seed=2)], [2, 2])
     assert sampler.on_device is not first
+
+
+def runner(vocab=300):
+    from types import SimpleNamespace
+    config = SimpleNamespace(hf_config=SimpleNamespace(vocab_size=vocab))
+    return SimpleNamespace(device=CPU, dtype=torch.float32, config=config)
+
+
+def test_a_changed_sampler_is_what_draws(monkeypatch, caplog):
+    from nanovllm.gpu import make_sampler
+    assert type(make_sampler(runner())) is TritonSampler and not caplog.records
+    monkeypatch.setattr(Sampler, "_draw", lambda self, logits, params, indices: logits.argmin(-1))
+    sampler = make_sampler(runner())
+    assert type(sampler) is Sampler and "not used" in caplog.text
+
+
+def test_what_the_kernels_do_not_know_is_left_to_the_sampler(monkeypatch):
+    from dataclasses import dataclass
+
+    import nanovllm.gpu.sampling as module
+
+    @dataclass(frozen=True)
+    class More(SamplingParams):
+        min_p: float = 0.0
+
+    monkeypatch.setattr(module, "UNKNOWN", [More.__dataclass_fields__["min_p"]])
+    monkeypatch.setattr(Sampler, "forward", lambda *args: "taught")
+    sampler, logits = TritonSampler(CPU), torch.randn(2, 300)
+    assert sampler(logits, [More(seed=1), More(seed=2, min_p=.1)], [0, 0]) == "taught"
+    assert sampler(logits, [More(seed=1), More(seed=2)], [0, 0]) != "taught"
