@@ -95,7 +95,7 @@ def two_temperatures():
 
 
 class TokenByToken(Detokenizer):
-    """Exercise 3: each token alone. Text of one-byte characters adds up, "naïve" does not.
+    """Exercise 4: each token alone. Text of one-byte characters adds up, "naïve" does not.
 
     The demo's tokenizer is byte-level: spaces belong to tokens, so plain text is right. The two
     bytes of "ï" lie in two tokens, and each alone decodes to the replacement character.

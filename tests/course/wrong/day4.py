@@ -60,6 +60,24 @@ def counts_the_cache_again(self):
         let_in(self, seq)
 
 
+def keeps_the_row_of_the_step(self):
+    while self.waiting and self.budget and len(self.running) < self.max_num_seqs:
+        if self.block_manager.allocate(self.waiting[0]) is not None:
+            return
+        seq = self.waiting.popleft()
+        let_in(self, seq)
+        self.running[seq] = self.batch[-1]
+
+
+def counts_blocks_without_the_cache(self):
+    while self.waiting and self.budget and len(self.running) < self.max_num_seqs:
+        seq, manager = self.waiting[0], self.block_manager
+        if manager.num_free_blocks < manager.blocks_for(len(seq)):
+            return
+        manager.allocate(seq)
+        let_in(self, self.waiting.popleft())
+
+
 def remembers_too_long(self):
     """A number of blocks that is kept when the head of the queue has changed."""
     while self.waiting and self.budget and len(self.running) < self.max_num_seqs:
@@ -119,6 +137,14 @@ def rounds_up(total, free, peak, share, block_bytes, useful):
     return max(0, min(useful, int(-(-left // block_bytes))))
 
 
+def a_float(total, free, peak, share, block_bytes, useful):
+    return max(0, min(useful, (min(share * total, free) - peak) // block_bytes))
+
+
+def gives_nothing(token_ids, block_table, num_computed, num_new, block_size):
+    pass
+
+
 def positions_from_zero(token_ids, block_table, num_computed, num_new, block_size):
     places = range(num_computed, num_computed + num_new)
     return ([token_ids[p] for p in places], list(range(num_new)),
@@ -146,6 +172,8 @@ WRONG = [
     ("_schedule_waiting", overtakes, "overtakes"),
     ("_schedule_waiting", keeps_the_old_status, "status WAITING"),
     ("_schedule_waiting", counts_the_cache_again, "num_cached_tokens"),
+    ("_schedule_waiting", keeps_the_row_of_the_step, "decode row"),
+    ("_schedule_waiting", counts_blocks_without_the_cache, "shared"),
     ("_schedule_waiting", remembers_too_long, "not"),
     ("_make_room", one_victim, "one victim"),
     ("_make_room", the_oldest, "youngest"),
@@ -155,6 +183,8 @@ WRONG = [
     ("blocks_that_fit", forgets_the_peak, "peak"),
     ("blocks_that_fit", forgets_what_can_be_used, "waste"),
     ("blocks_that_fit", rounds_up, "part of a block"),
+    ("blocks_that_fit", a_float, "an int"),
+    ("pack_row", gives_nothing, "three lists"),
     ("pack_row", positions_from_zero, "positions"),
     ("pack_row", without_the_table, "slots"),
     ("pack_row", one_too_far, "positions"),
