@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+# Parts of a step's integers begin anywhere, and tables grow: no version of their own for each.
+@triton.jit(do_not_specialize=["table_stride"],
+            do_not_specialize_on_alignment=["tables_ptr", "lens_ptr"])
 def paged_decode_kernel(
         q_ptr, k_ptr, v_ptr, tables_ptr, lens_ptr, out_ptr, lse_ptr, scale, q_row_stride,
         q_head_stride, block_stride, slot_stride, head_stride, table_stride, BS: tl.constexpr,
@@ -115,7 +117,8 @@ def paged_decode(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"],
+            do_not_specialize_on_alignment=["tables_ptr", "starts_ptr", "lens_ptr"])
 def paged_prefill_kernel(
         q_ptr, k_ptr, v_ptr, tables_ptr, starts_ptr, lens_ptr, out_ptr, scale, q_row_stride,
         q_head_stride, block_stride, slot_stride, head_stride, table_stride, BS: tl.constexpr,

@@ -63,7 +63,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def norm_rope_store_kernel(
         heads_ptr, positions_ptr, cos_sin_ptr, weights_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
         eps, row_stride, k_slot_stride, k_head_stride, v_slot_stride, v_head_stride,

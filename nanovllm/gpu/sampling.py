@@ -243,7 +243,8 @@ def sample(logits: torch.Tensor, params: torch.Tensor, keys: torch.Tensor) -> to
     rows, vocab = logits.shape
     blocks = -(-vocab // SIZE)
     found = torch.empty(rows, blocks, 3, dtype=torch.float32, device=logits.device)
-    tokens, order = torch.empty(2, rows, blocks, dtype=torch.int32, device=logits.device)
+    tokens, order = (torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
+                     for _ in "to")
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     common = dict(SIZE=SIZE, TILE=TILE, num_warps=8)
     blocks_kernel[rows, -(-blocks // TILE)](logits, params, keys, found, tokens, logits.stride(0),
