@@ -739,6 +739,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                               'nanovllm.llm.LLM._apply_chat_template': ('engine.html#llm._apply_chat_template', 'nanovllm/llm.py'),
                               'nanovllm.llm.LLM._params_for_each': ('engine.html#llm._params_for_each', 'nanovllm/llm.py'),
                               'nanovllm.llm.LLM._run_until_finished': ('engine.html#llm._run_until_finished', 'nanovllm/llm.py'),
+                              'nanovllm.llm.LLM._show': ('engine.html#llm._show', 'nanovllm/llm.py'),
                               'nanovllm.llm.LLM._step_for': ('engine.html#llm._step_for', 'nanovllm/llm.py'),
                               'nanovllm.llm.LLM._stream': ('engine.html#llm._stream', 'nanovllm/llm.py'),
                               'nanovllm.llm.LLM.chat': ('engine.html#llm.chat', 'nanovllm/llm.py'),

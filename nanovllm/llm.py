@@ -11,6 +11,7 @@ from time import perf_counter
 from tqdm.auto import tqdm
 
 from .engine.chat import chat_settings, no_endless_template, with_plain_content
+from .engine.interrupts import interrupt_afterwards
 from .engine.llm_engine import LLMEngine
 from .engine.outputs import Request
 from .engine.text import recommended_params
@@ -65,18 +66,29 @@ class LLM(LLMEngine):
 
     def _run_until_finished(self, requests: list[Request], use_tqdm: bool) -> None:
         """Step until all of these are over, showing progress."""
-        stats, unfinished, next_look = self.stats, requests[::-1], 0.0
-        with tqdm(total=len(requests), desc="Generating", unit="request", dynamic_ncols=True,
-                  disable=not use_tqdm) as bar:
+        bar, unfinished, next_look = None, requests[::-1], 0.0
+        try:
+            with interrupt_afterwards():       # within tqdm one would leave tqdm's own lock closed
+                bar = tqdm(total=len(requests), desc="Generating", unit="request",
+                           dynamic_ncols=True) if use_tqdm else None
             while unfinished:
                 self._step_for(unfinished[-1])
                 while unfinished and unfinished[-1].output is not None:
                     unfinished.pop()
                 if use_tqdm and (perf_counter() > next_look or not unfinished):
-                    bar.set_postfix_str(f"prefill {stats.prefill_throughput:,.0f} tokens/s, "
-                                        f"decode {stats.decode_throughput:,.0f} tokens/s", False)
-                    bar.update(sum(r.output is not None for r in requests) - bar.n)
+                    self._show(bar, sum(request.output is not None for request in requests))
                     next_look = perf_counter() + 0.1  # a user reads no faster
+        finally:
+            if bar is not None:
+                with interrupt_afterwards():
+                    bar.close()
+
+    def _show(self, bar: tqdm, num_finished: int) -> None:
+        """The rates of now, on the progress bar."""
+        with interrupt_afterwards():
+            bar.set_postfix_str(f"prefill {self.stats.prefill_throughput:,.0f} tokens/s, "
+                                f"decode {self.stats.decode_throughput:,.0f} tokens/s", False)
+            bar.update(num_finished - bar.n)
 
     def _step_for(self, request: Request) -> None:
         """A step, unless the request is over: another thread's step may have finished it."""

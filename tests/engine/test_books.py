@@ -4,9 +4,11 @@ import gc
 import random
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 import nanovllm
 from nanovllm import LLM, SamplingParams
@@ -130,6 +132,24 @@ def test_anything_at_every_line(work, act, llm, good):
     lines = strike(llm, good, work, boom, 10**9)
     for at in range(1, lines, 3):
         strike(llm, good, work, act, at)
+
+
+def test_an_interrupt_leaves_no_progress_bar_locked(llm, good, monkeypatch):
+    """All bars of a process share a lock; those of other threads would wait for ever."""
+    def can_take_lock():
+        taken = [lock for lock in tqdm.get_lock().locks if lock.acquire(timeout=5)]
+        for lock in taken:
+            lock.release()
+        return len(taken) == len(tqdm.get_lock().locks)
+
+    display = tqdm.display
+    monkeypatch.setattr(tqdm, "display", lambda *args, **kwargs: (interrupt(), display(*args)))
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([good[1]], GREEDY)
+    monkeypatch.undo()
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(can_take_lock).result()
+    is_right(llm, good)
 
 
 @pytest.mark.parametrize("owner, method", [
