@@ -55,6 +55,8 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     add("--hf-batch", type=int, default=8, metavar="N", help="hf: rows of a batch (default 8)")
     add("--vllm-python", metavar="PATH", help="the Python of an environment that has vLLM")
     add("--vllm-set", action="append", default=[], metavar="KEY=VALUE", help="a setting of vLLM")
+    add("--nano-vllm-set", action="append", default=[], metavar="KEY=VALUE",
+        help="a setting of nano-vllm")
     add("--vllm-config", action="append", default=[], metavar="NAME:KEY=VALUE,...",
         help="a further configuration of vLLM, e.g. compiled:enforce_eager=False")
     add("--llama-python", metavar="PATH", help="the Python of an environment that has "
@@ -129,7 +131,8 @@ def parse_settings(texts: list[str]) -> dict:
 
 def engine_list(args) -> dict[str, tuple[str, dict]]:
     """What is compared: name -> (engine, settings). ValueError for an option that is none."""
-    given = {"nanovllm": parse_settings(args.set), "vllm": parse_settings(args.vllm_set)}
+    given = {"nanovllm": parse_settings(args.set), "vllm": parse_settings(args.vllm_set),
+             "nano-vllm": parse_settings(args.nano_vllm_set)}
     engines = {name: (name, given.get(name, {})) for name in args.engines}
     for kind, option, texts in (("nanovllm", "--config", args.config),
                                 ("vllm", "--vllm-config", args.vllm_config)):

@@ -46,10 +46,8 @@ def compile_c(flags: list[str]) -> ctypes.CDLL | None:
                 subprocess.run([*compiler, *C_FLAGS, threads, *flags, *more,
                                 os.path.join(SOURCES, "layers.c"), "-o", library, "-lm"],
                                capture_output=True, text=True, check=True, timeout=COMPILE_SECONDS)
-                kernels = ctypes.CDLL(library)
-                kernels.rms_norm                      # AttributeError if it came out empty
-                return kernels
-        except (OSError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+                return ctypes.CDLL(library)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             problem = getattr(error, "stderr", None) or error
     logger.warning("the CPU kernels cannot be used, and the engine is slower: %s", problem)
     return None
@@ -87,6 +85,10 @@ def load_kernels(dtype: torch.dtype, head_dim: int) -> SimpleNamespace | None:
         return None
     text = "".join(file.read_text() for file in sorted(Path(SOURCES).glob("*.c")))
     functions, structs = read_declarations(text)
+    if functions and not any(hasattr(library, name) for name in functions):
+        logger.warning("the CPU kernels cannot be used, and the engine is slower: the compiler "
+                       "wrote a library without any")
+        return None
     kernels = SimpleNamespace(dtype=dtype, head_dim=head_dim, **structs)
     for name, parameters in functions.items():
         function = None
