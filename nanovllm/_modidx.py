@@ -147,6 +147,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'nanovllm.engine.books.Books.check_books': ( 'engine.html#books.check_books',
                                                                                     'nanovllm/engine/books.py')},
             'nanovllm.engine.chat': { 'nanovllm.engine.chat.chat_settings': ('engine.html#chat_settings', 'nanovllm/engine/chat.py'),
+                                      'nanovllm.engine.chat.hint_at_chat': ('engine.html#hint_at_chat', 'nanovllm/engine/chat.py'),
                                       'nanovllm.engine.chat.no_endless_template': ( 'engine.html#no_endless_template',
                                                                                     'nanovllm/engine/chat.py'),
                                       'nanovllm.engine.chat.with_plain_content': ( 'engine.html#with_plain_content',

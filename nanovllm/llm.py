@@ -10,7 +10,7 @@ from time import perf_counter
 
 from tqdm.auto import tqdm
 
-from .engine.chat import chat_settings, no_endless_template, with_plain_content
+from .engine.chat import chat_settings, hint_at_chat, no_endless_template, with_plain_content
 from .engine.interrupts import interrupt_afterwards
 from .engine.llm_engine import LLMEngine
 from .engine.outputs import Request
@@ -25,6 +25,7 @@ class LLM(LLMEngine):
 
     The settings are the fields of `Config`.
     """
+    _hinted = False                    # that this model is made for chats
 
     def generate(self, prompts, sampling_params=None, use_tqdm: bool = True) -> list[dict]:
         """Complete all prompts; their outputs in the order of the prompts.
@@ -43,6 +44,7 @@ class LLM(LLMEngine):
                             "prompt is [[1, 2, 3]]")
         requests = [self._make_request(prompt, params, is_private=True) for prompt, params
                     in zip(prompts, self._params_for_each(prompts, sampling_params))]
+        self._hinted = self._hinted or hint_at_chat(prompts, self.tokenizer)
         ids = [request.seq.seq_id for request in requests]
         try:
             self._add(requests)
@@ -64,6 +66,20 @@ class LLM(LLMEngine):
                              "prompts; give one for all or one for each")
         return list(sampling_params)
 
+    def _step_for(self, request: Request) -> None:
+        """A step, unless the request is over: another thread's step may have finished it."""
+        with self._lock:
+            if request.output is None:
+                self._check_open()
+                self._run_step()
+
+    def _show(self, bar: tqdm, num_finished: int) -> None:
+        """The rates of now, on the progress bar."""
+        with interrupt_afterwards():
+            bar.set_postfix_str(f"prefill {self.stats.prefill_throughput:,.0f} tokens/s, "
+                                f"decode {self.stats.decode_throughput:,.0f} tokens/s", False)
+            bar.update(num_finished - bar.n)
+
     def _run_until_finished(self, requests: list[Request], use_tqdm: bool) -> None:
         """Step until all of these are over, showing progress."""
         bar, unfinished, next_look = None, requests[::-1], 0.0
@@ -83,20 +99,6 @@ class LLM(LLMEngine):
                 with interrupt_afterwards():
                     bar.close()
 
-    def _show(self, bar: tqdm, num_finished: int) -> None:
-        """The rates of now, on the progress bar."""
-        with interrupt_afterwards():
-            bar.set_postfix_str(f"prefill {self.stats.prefill_throughput:,.0f} tokens/s, "
-                                f"decode {self.stats.decode_throughput:,.0f} tokens/s", False)
-            bar.update(num_finished - bar.n)
-
-    def _step_for(self, request: Request) -> None:
-        """A step, unless the request is over: another thread's step may have finished it."""
-        with self._lock:
-            if request.output is None:
-                self._check_open()
-                self._run_step()
-
     def stream(self, prompt: str | list[int],
                sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The completion of one prompt, piece by piece; the pieces add up to its text.
@@ -107,6 +109,7 @@ class LLM(LLMEngine):
         if self.tokenizer is None:
             raise ValueError("prompt: the model has no tokenizer, so there is no text to stream; "
                              "use generate")
+        self._hinted = self._hinted or hint_at_chat([prompt], self.tokenizer)
         return self._stream(request)
 
     def _stream(self, request: Request) -> Iterator[str]:

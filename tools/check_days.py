@@ -18,13 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from tools.export import (
     LIB, PACKAGE, ROOT, ExportError, appendices, day_notebooks, day_of, days_needed,
 )
 from tools.run_notebooks import python_path, select, test_flags
+
+LONG = ("7", "A")         # begin with them: whatever comes last runs while a core has nothing to do
 
 # Runs in a process of its own: argv is the notebook, the folder that holds the package, the flags.
 RUN_ONE = """
@@ -69,15 +71,18 @@ def run_one(name: str) -> str:
 
 
 def check(names: list[str]) -> int:
-    """Run these days and appendices, saying how each went; returns how many failed."""
+    """Run these days and appendices, the longest first; returns how many failed."""
+    names = sorted(names, key=lambda name: name not in LONG)
+
     def timed(name):
         start = time.perf_counter()
         print(f"{'day' if name.isdigit() else 'appendix'} {name} …", flush=True)
-        return run_one(name), time.perf_counter() - start
+        return name, run_one(name), time.perf_counter() - start
 
     failed = []
     with ThreadPoolExecutor(max_workers=2) as pool:
-        for name, (report, seconds) in zip(names, pool.map(timed, names)):
+        for done in as_completed([pool.submit(timed, name) for name in names]):
+            name, report, seconds = done.result()
             last = name if name.isdigit() else f"{days_needed(appendices()[name])}, and itself"
             print(f"{'day' if name.isdigit() else 'appendix'} {name} on the package of the days 1 "
                   f"to {last}: {seconds:.1f} s {'FAILED' if report else 'ok'}", flush=True)

@@ -8,7 +8,7 @@ The steps:
   export     the committed package is what the notebooks export
   repo       pytest tests/: the package, the tools, and what must hold for every file
   notebooks  nbdev_test: each notebook runs from its first cell to its last
-  days       each notebook runs on the package of its own and the earlier days alone
+  days       each notebook but the last day's runs on the package of its own and the earlier days
   rooms      without nanovllm/cpu, gpu or serve, or all, the tests of all the rest pass
   sanitize   the C kernels' tests pass under gcc's address and undefined-behaviour sanitizers
 """
@@ -25,17 +25,20 @@ import sysconfig
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from xml.etree import ElementTree
 
 from tools.check_days import check, environment, everything
-from tools.export import LIB, PACKAGE, ROOT, select
+from tools.export import LIB, PACKAGE, ROOT, day_notebooks, day_of, select
 
 ROOMS = ("cpu", "gpu", "serve")
 CORE_TESTS = (                 # what must pass without rooms; a room's own tests skip themselves
     "tests", *(f"--ignore=tests/{name}" for name in ("course", "tools", "bench", "test_repo.py")))
 KERNEL_TESTS = tuple(          # what runs the C under the sanitizers
     f"tests/cpu/test_{name}.py" for name in ("kernels", "build", "optimize"))
+WORKERS = min(4, os.cpu_count() or 1)   # tests, or notebooks, at a time: each uses one thread
 SILENCE = 30                   # seconds, after which a step says that it lives
 
 
@@ -89,11 +92,12 @@ def run(*command, cwd=ROOT, env=None) -> tuple[int, str]:
 
 
 def pytest(*arguments, cwd=ROOT, env=None) -> tuple[int, int]:
-    """Run pytest: (passed, failed)."""
+    """Run pytest, with a worker on each core where pytest-xdist is: (passed, failed)."""
+    workers = ["-n", WORKERS, "--dist", "worksteal"] if find_spec("xdist") else []
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        status, _ = run(sys.executable, "-m", "pytest", "-q", *arguments, f"--junitxml={report}",
-                        cwd=cwd, env=env)
+        status, _ = run(sys.executable, "-m", "pytest", "-q", *workers, *arguments,
+                        f"--junitxml={report}", cwd=cwd, env=env)
         if not report.exists():
             return 0, 1
         suite = ElementTree.parse(report).getroot().find("testsuite").attrib
@@ -111,19 +115,30 @@ def check_repo() -> tuple[int, int]:
     return pytest("tests")
 
 
-def check_notebooks() -> tuple[int, int]:
-    nbdev_test = Path(sysconfig.get_path("scripts")) / "nbdev_test"
-    status, printed = run(nbdev_test, "--n_workers", "2", "--timing", "--do_print",
-                          env=environment())
+def nbdev_test(*options) -> int:
+    """Run nbdev_test: how many notebooks failed."""
+    status, printed = run(Path(sysconfig.get_path("scripts")) / "nbdev_test", "--timing",
+                          "--do_print", *options, env=environment())
     # nbdev_test ends by naming the notebooks that failed, one a line.
     _, _, names = printed.partition("nbdev Tests Failed On The Following Notebooks:")
-    failed = len(re.findall(r"^\s+\S+\.ipynb$", names, re.MULTILINE)) or int(status != 0)
+    return len(re.findall(r"^\s+\S+\.ipynb$", names, re.MULTILINE)) or int(status != 0)
+
+
+def check_notebooks() -> tuple[int, int]:
+    """The last day takes as long as all the others: it has one core, they have the rest."""
+    last = day_notebooks()[-1]
+    commands = [("--path", last, "--n_workers", 0),
+                ("--skip_file_glob", last.name, "--n_workers", max(1, WORKERS - 1))]
+    with ThreadPoolExecutor() as pool:
+        failed = sum(pool.map(lambda options: nbdev_test(*options), commands))
     return len(select()) - failed, failed
 
 
 def check_days() -> tuple[int, int]:
-    failed = check(everything())
-    return len(everything()) - failed, failed
+    """All but the last day, which has no later one; tests/course sees that it names no room."""
+    names = [name for name in everything() if name != str(day_of(day_notebooks()[-1]))]
+    failed = check(names)
+    return len(names) - failed, failed
 
 
 def check_rooms() -> tuple[int, int]:
@@ -137,8 +152,10 @@ def check_rooms() -> tuple[int, int]:
                 ".*", "__pycache__", "*.egg-info", "build", "dist", "_book"))
             for room in removed:
                 shutil.rmtree(copy / PACKAGE / room)
+            env = environment(copy)
+            env.pop("TRITON_INTERPRET", None)    # the kernels' tests ask for the interpreter
             more = pytest(*CORE_TESTS, *(f"--ignore=tests/{room}" for room in removed),
-                          "-m", "not slow", cwd=copy, env=environment(copy))
+                          "-m", "not slow", cwd=copy, env=env)
         passed, failed = passed + more[0], failed + more[1]
     return passed, failed
 

@@ -74,6 +74,13 @@ def test_a_day_is_a_day(path):
     assert hours["core"] <= 4.0 and sum(hours.values()) <= 6.0, hours
 
 
+@of_each_day
+def test_a_day_names_no_room(path):
+    """A reader who stops here may lack the appendices' folders; tools/test.py relies on this."""
+    code = "\n".join(source for source, *_ in cells_of(path, "code"))
+    assert not re.search(r"nanovllm(\.| import )(cpu|gpu|serve|cli)\b", code)
+
+
 @of_each
 def test_no_visible_cell_is_long(path):
     long = {}

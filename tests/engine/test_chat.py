@@ -35,6 +35,34 @@ def test_the_caller_may_say_that_no_answer_is_opened(demo):
     assert prompt_of(demo, BEGUN).startswith(closed) and closed != prompt_of(demo, BEGUN)
 
 
+def test_a_model_for_chats_that_gets_bare_text_says_so_once(demo, caplog):
+    def hints(ask, *prompts):
+        caplog.clear()
+        for prompt in prompts:
+            ask(prompt)
+        return [record.levelname for record in caplog.records if "llm.chat" in record.message]
+
+    def generate(prompt):
+        return demo.generate(prompt, ONE, use_tqdm=False)
+
+    marked = "<|im_start|>user\nWhat is RoPE?<|im_end|>\n<|im_start|>assistant\n"
+    demo.chat(BEGUN[:1], ONE, use_tqdm=False)
+    assert not hints(generate, [[5, 6]], marked, "\n" + marked, [marked, [5]])
+    with pytest.raises(ValueError):
+        hints(generate, ["What is RoPE?", ""])
+    assert not caplog.records                     # nothing was asked
+    assert hints(generate, [[5], marked, "What is RoPE?"], "What is RoPE?") == ["WARNING"]
+    assert not hints(lambda prompt: list(demo.stream(prompt, ONE)), "What is RoPE?")
+    demo._hinted = False
+    assert hints(lambda prompt: list(demo.stream(prompt, ONE)), "What is RoPE?") == ["WARNING"]
+
+
+def test_a_model_without_a_template_is_asked_in_text(demo, caplog):
+    demo.tokenizer.chat_template = None
+    demo.generate("What is RoPE?", ONE, use_tqdm=False)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("kwargs, error", [
     ({"tokenize": False}, ValueError), ({"return_dict": True}, ValueError), (["a"], TypeError)])
 def test_arguments_that_are_not_the_templates(kwargs, error):
