@@ -37,7 +37,7 @@ ROOMS = ("cpu", "gpu", "serve")
 CORE_TESTS = (                 # what must pass without rooms; a room's own tests skip themselves
     "tests", *(f"--ignore=tests/{name}" for name in ("course", "tools", "bench", "test_repo.py")))
 KERNEL_TESTS = tuple(          # what runs the C under the sanitizers
-    f"tests/cpu/test_{name}.py" for name in ("kernels", "build", "optimize"))
+    f"tests/cpu/test_{name}.py" for name in ("kernels", "extremes", "build", "optimize"))
 WORKERS = min(4, os.cpu_count() or 1)   # tests, or notebooks, at a time: each uses one thread
 SILENCE = 30                   # seconds, after which a step says that it lives
 

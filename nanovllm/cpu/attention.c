@@ -170,9 +170,17 @@ void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const
             attend_block(sum, top, total, query, keys, values, rows, group, before + 1 - first,
                          scale);
         }
-        for (int64_t r = 0; r < rows; r++)
-            for (int i = 0; i < D; i++)
-                out[HEAD(r) * D + i] = narrow(sum[r * WIDE + i] / total[r]);
+        for (int64_t r = 0; r < rows; r++) {
+            T *row = out + HEAD(r) * D;
+            int is_finite = 1;
+            for (int i = 0; i < D; i++) {
+                word w = {sum[r * WIDE + i] / total[r]};
+                row[i] = narrow(w.f), is_finite &= (w.bits & 0x7f800000) != 0x7f800000;
+            }
+            if (!is_finite)  // perhaps by a later key, for 0 * NaN is NaN: once more, by itself
+                attend(row, query + r * D, k_cache + kv_head * D, v_cache + kv_head * D, table,
+                       before + r / group + 1, 1, 1, kv_heads * D, block_size, scale);
+        }
         free(sum);
     }
 }

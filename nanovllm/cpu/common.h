@@ -25,9 +25,9 @@ static inline float load(T x) { return x; }
 static inline T narrow(float x) { return x; }
 #endif
 
-// e^x = 2^n e^r; unlike expf it works on whole vectors. From x = 88.4 on it is infinite.
+// e^x = 2^n e^r; unlike expf it works on whole vectors. It is infinite from x = 88.4 on, and 0 below -87.7.
 static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : x > 89.0f ? 89.0f : x;
+    x = x < -88.0f ? -88.0f : x > 89.0f ? 89.0f : x;
     float n = rintf(x * 1.442695041f), r = x - n * 0.693145752f - n * 1.42860677e-6f;
     float p = 1 + r * (1 + r * (1 / 2.f + r * (1 / 6.f + r * (1 / 24.f + r * (1 / 120.f
               + r / 720.f)))));

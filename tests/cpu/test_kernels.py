@@ -1,6 +1,7 @@
 """Each kernel against plain PyTorch: odd shapes, slices, threads, large and small values."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -241,6 +242,41 @@ def test_prefill_of_rising_scores(dtype):
     layer, q = make_layer(2, 1, head_dim, caches), torch.ones(n, 2, head_dim).to(dtype)
     got = CPUBackend().prefill(layer, q, tables[0], n)
     check_attention(got, attend(q, *keys_of(caches, tables[0], n), layer.scale), dtype, size=1)
+
+
+@pytest.mark.parametrize("which, spoilt", [
+    *((which, spoilt) for which in ("keys", "values") for spoilt in (torch.nan, torch.inf,
+                                                                     -torch.inf)),
+    ("values", 3e38)])
+@pytest.mark.parametrize("n, length, bad", [(40, 40, 17), (300, 600, 555), (13, 268, 255),
+                                            (5, 64, 63), (600, 600, 1)])
+def test_a_bad_key_is_seen_from_its_position_on(n, length, bad, spoilt, which, dtype, threads):
+    """And not before it, as 0 * NaN: another prompt may share that beginning."""
+    heads, head_dim = 6, 20
+    kernels_for(dtype, head_dim)
+    caches, tables = paged([length], 2, head_dim, 5, dtype)
+    q = torch.randn(n, heads, head_dim).to(dtype)
+    layer = make_layer(heads, 2, head_dim, caches)
+    right = attend(q, *keys_of(caches, tables[0], length), layer.scale)
+    caches[int(which == "values"), tables[0, bad // 5], bad % 5, :, 3] = spoilt
+    got, seen = CPUBackend().prefill(layer, q, tables[0], length), bad - (length - n)
+    check_attention(got[:seen], right[:seen], dtype, 1)
+    assert got[seen:, :, 3].isnan().all() or not math.isnan(spoilt)
+
+
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf, 3e38])
+def test_a_score_far_below_the_largest_counts_for_nothing(spoilt, dtype):
+    """e^x is 0 there, and not the smallest float: times 3e38 that would be seen."""
+    kernels_for(dtype)
+    caches, tables = paged([40], 1, 64, 16, dtype)
+    low, high = tables[0, :2].tolist()
+    caches[0, low, 2], caches[1, low, 2], caches[0, high, 1] = -100, spoilt, 100
+    layer, q = make_layer(2, 1, 64, caches), torch.ones(1, 2, 64).to(dtype)
+    context = Context.pack([0], [0], [0], [0, 1], [40], tables.tolist())
+    for got in (CPUBackend().prefill(layer, q, tables[0], 40),
+                CPUBackend().decode(layer, q, context)):
+        assert spoilt != 3e38 or torch.equal(got[0, 0], caches[1, high, 1, 0])
+        assert got.isnan().all() or spoilt == 3e38
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 100])

@@ -1,5 +1,6 @@
 """One request that makes steps fail, and the others that must not notice."""
 
+import os
 import signal
 
 import pytest
@@ -145,22 +146,48 @@ def test_a_tokenizer_that_fails_for_one(stop, demo, monkeypatch):
 
 @pytest.fixture
 def overflowing(checkpoint):
-    """A checkpoint in which token 150 alone has an embedding of NaN."""
+    """A checkpoint in which token 145 alone has an embedding of NaN; the proof does not use it."""
     file = checkpoint / "model.safetensors"
     weights = load_file(file)
-    weights["model.embed_tokens.weight"][150] = torch.nan
+    weights["model.embed_tokens.weight"][145] = torch.nan
     save_file(weights, file, metadata={"format": "pt"})
     return checkpoint
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Products of the CPU's room in tiles, also where the processor has AMX, which is faster."""
+    build = pytest.importorskip("nanovllm.cpu.build")
+    flags = os.environ.get("NANOVLLM_CFLAGS", "")
+    monkeypatch.setenv("NANOVLLM_CFLAGS", f"{flags} -mno-amx-bf16")
+    build.load_kernels.cache_clear()
+    if build.load_kernels(torch.float32, 16) is None:
+        pytest.skip("no C compiler")
+    yield
+    build.load_kernels.cache_clear()
 
 
 @pytest.mark.parametrize("settings", [
     dict(attention_backend="sdpa"), dict(), dict(kernels="plain", max_num_batched_tokens=8)])
 def test_nan_ends_its_request_and_no_other(settings, overflowing):
     """Neither who stands beside it, nor who shares its beginning, nor who gets its blocks."""
+    check_nan(settings, overflowing)
+
+
+@pytest.mark.parametrize("budget", [100, 24])
+def test_nan_and_products_in_tiles(budget, overflowing, tiles):
+    check_nan(dict(attention_backend="cpu", max_num_batched_tokens=budget), overflowing)
+
+
+def check_nan(settings, overflowing):
+    """The request with token 145 ends; others have the tokens that they had without it."""
     common = list(range(10, 30))
-    bad, others = [*common, 150, 3, 4], [[*common, 7], [5, 6]]
+    bad, others = [*common, 145, 3, 4], [[*common, 7], [5, 6]]
     with LLM(overflowing, **SETTINGS, **settings) as llm:
         right = [out["token_ids"] for out in llm.generate(others, GREEDY, use_tqdm=False)]
+        assert [len(tokens) for tokens in right] == [NEW, NEW]
+        used = llm.runner.backend.name          # the proof may have left out what was asked for
+        assert used == settings.get("attention_backend", used)
     with LLM(overflowing, **SETTINGS, **settings) as llm:
         for _ in range(2):
             outs = llm.generate([bad, *others], [SamplingParams(max_tokens=NEW, logprobs=2),
