@@ -210,8 +210,9 @@ def test_sampling_defaults(content, expected, checkpoint):
         assert llm.default_sampling_params(top_k=3, seed=1).top_k == 3
 
 
-def test_a_penalty_that_is_not_obeyed_is_named(checkpoint, caplog):
-    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+def test_what_is_not_obeyed_is_named(checkpoint, caplog):
+    wishes = '{"repetition_penalty": 1.1, "length_penalty": 2.0}'
+    (checkpoint / "generation_config.json").write_text(wishes)
     with LLM(checkpoint, num_kvcache_blocks=8) as llm:
-        llm.default_sampling_params()
-    assert "repetition_penalty cannot be obeyed" in caplog.text
+        assert llm.get_default_sampling_params().repetition_penalty == 1.1
+    assert "length_penalty cannot be obeyed" in caplog.text

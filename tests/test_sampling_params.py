@@ -7,7 +7,7 @@ from nanovllm import SamplingParams
 
 @pytest.mark.parametrize("name, value", [
     ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.5),
-    ("top_k", -1), ("max_tokens", 0), ("stop", ""), ("stop", ("a", "")), ("stop", 5),
+    ("top_k", -2), ("max_tokens", 0), ("stop", ""), ("stop", ("a", "")), ("stop", 5),
     ("seed", "x"), ("logprobs", -1), ("logprobs", True), ("prompt_logprobs", 1.5),
     ("max_tokens", True)])
 def test_bad_sampling_parameter(name, value):
