@@ -128,7 +128,8 @@ def json_schema(schema: dict | str, tokenizer) -> Callable:
     """A processor under which the text is JSON that fits the schema. It needs llguidance."""
     import llguidance.hf
     import numpy as np
-    grammar = llguidance.LLMatcher.grammar_from_json_schema(schema)
+    grammar = llguidance.LLMatcher.grammar_from_json_schema(
+        schema, defaults={"whitespace_flexible": False})    # or it may go on with spaces for ever
     start = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer), grammar)
     if start.is_error():
         raise ValueError(f"schema: {start.get_error()}")

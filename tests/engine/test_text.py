@@ -75,6 +75,18 @@ def test_the_first_of_several_stop_strings():
     assert detokenizer.stopped and detokenizer.text == "on"
 
 
+@pytest.mark.parametrize("min_tokens, text", [(0, "a"), (1, "a"), (2, "aENDb"), (4, "aENDb"),
+                                              (5, "aENDb"), (8, "aENDbEND")])
+def test_no_stop_string_begins_before_min_tokens(min_tokens, text):
+    detokenizer, shown = Detokenizer(Bytes(), ("END",), min_tokens=min_tokens), []
+    for byte in b"aENDbENDENDc":
+        if not detokenizer.stopped:
+            detokenizer.append(byte)
+            shown.append(detokenizer.certain_text())
+    detokenizer.finish()
+    assert detokenizer.text == text and all(text.startswith(piece) for piece in shown)
+
+
 def test_a_stop_string_that_does_not_come():
     shown, detokenizer = pieces("ab<", stop=("<end>",))
     assert shown[-1] == "ab" and not detokenizer.stopped
