@@ -10,6 +10,7 @@ from time import perf_counter
 
 from tqdm.auto import tqdm
 
+from .engine.admission import choices, together
 from .engine.chat import chat_settings, hint_at_chat, no_endless_template, with_plain_content
 from .engine.interrupts import interrupt_afterwards
 from .engine.llm_engine import LLMEngine
@@ -32,7 +33,8 @@ class LLM(LLMEngine):
 
         prompts: a string, or a list of strings and lists of token ids. sampling_params: None, one
         for all, or a list with one each. Nothing is queued if any of them cannot work. One that
-        fails later has finish_reason "error" or "nan", and says more in its "error".
+        fails later has finish_reason "error" or "nan", and says more in its "error". With n > 1 an
+        output is the first of n, and has them all as "outputs".
         """
         self._check_open()
         prompts = [prompts] if isinstance(prompts, str) else prompts
@@ -42,8 +44,10 @@ class LLM(LLMEngine):
         if any(isinstance(prompt, int) for prompt in prompts):
             raise TypeError("prompts holds a bare token id; a prompt is a list of them, so one "
                             "prompt is [[1, 2, 3]]")
-        requests = [self._make_request(prompt, params, is_private=True) for prompt, params
-                    in zip(prompts, self._params_for_each(prompts, sampling_params))]
+        groups = [[self._make_request(prompt, one, is_private=True) for one in choices(params)]
+                  for prompt, params
+                  in zip(prompts, self._params_for_each(prompts, sampling_params))]
+        requests = [request for group in groups for request in group]
         self._hinted = self._hinted or hint_at_chat(prompts, self.tokenizer)
         ids = [request.seq.seq_id for request in requests]
         try:
@@ -52,7 +56,7 @@ class LLM(LLMEngine):
         finally:                       # after an error nothing of this call stays in the queue
             self._dropped.update(ids)
             self._tidy_up()
-        return [request.output for request in requests]
+        return [together([request.output for request in group]) for group in groups]
 
     def _params_for_each(self, prompts, sampling_params) -> list:
         """One SamplingParams (or None) per prompt."""
@@ -99,12 +103,15 @@ class LLM(LLMEngine):
                 with interrupt_afterwards():
                     bar.close()
 
-    def stream(self, prompt: str | list[int],
-               sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(self, prompt: str | list, sampling_params: SamplingParams | None = None,
+               chat_template_kwargs: dict | None = None) -> Iterator[str]:
         """The completion of one prompt, piece by piece; the pieces add up to its text.
 
-        Other requests move on with it. Closing the iterator early aborts the request.
+        prompt: text, token ids, or messages as `chat` takes them. Other requests move
+        on with it. Closing the iterator early aborts the request.
         """
+        if isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], dict):
+            prompt = self._apply_chat_template(prompt, chat_template_kwargs or {})
         request = self._make_request(prompt, sampling_params, is_private=True)
         if self.tokenizer is None:
             raise ValueError("prompt: the model has no tokenizer, so there is no text to stream; "
@@ -170,3 +177,11 @@ class LLM(LLMEngine):
         if ignored:
             logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
         return SamplingParams(**{**found, **changes})
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The same, by vLLM's name."""
+        return self.default_sampling_params()
+
+    def get_tokenizer(self):
+        """The checkpoint's tokenizer, or None."""
+        return self.tokenizer

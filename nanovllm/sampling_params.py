@@ -4,9 +4,9 @@
 
 __all__ = ["SamplingParams"]
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
-from .utils.values import is_number, is_whole, plain, shown
+from .utils.values import is_number, is_whole, plain, refuse_unknown, shown
 
 
 def _is_k(value) -> bool:
@@ -14,19 +14,59 @@ def _is_k(value) -> bool:
     return value is None or is_whole(value) and value >= 0
 
 
+def _is_bias(value) -> bool:
+    """None, or a number in [-100, 100] for each of some token ids."""
+    return value is None or isinstance(value, dict) and all(
+        is_whole(i) and i >= 0 and is_number(b) and abs(b) <= 100 for i, b in value.items())
+
+
+def _kept(name: str, value):
+    """A value as the object keeps it: one string is a tuple of one; lists are tuples."""
+    if name in ("stop", "stop_token_ids", "logits_processors"):
+        value = () if value is None else value
+        several = isinstance(value, (list, tuple, set, frozenset))
+        return tuple(map(plain, value)) if several else (plain(value),)
+    if name == "logit_bias" and isinstance(value, dict):
+        return {plain(token_id): plain(bias) for token_id, bias in value.items()}
+    value = plain(value)
+    if name == "temperature" and is_whole(value) and abs(value) < 1e30:
+        return float(value)  # 10**20 fits no int64
+    return 0 if name == "top_k" and is_whole(value) and value == -1 else value
+
+
+def _check_lengths(params) -> None:
+    """ValueError if min_tokens is beyond max_tokens."""
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise ValueError(f"min_tokens must be at most max_tokens={params.max_tokens}, "
+                         f"got {params.min_tokens}")
+
+
 # parameter -> (whether a value can be meant, what it must be)
 _RULES_OF_PARAMS = {
     "temperature": (lambda t: is_number(t) and 0 <= t < 1e30,  # what fp32 can divide by
                     "be 0 (greedy) or a positive number below 1e30"),
     "top_k": (lambda k: is_whole(k) and 0 <= k < 2**31,
-              "be a whole number below 2**31, 0 for no limit"),
+              "be a whole number below 2**31, 0 or -1 for no limit"),
     "top_p": (lambda p: is_number(p) and 0 < p <= 1, "lie in (0, 1], 1 for no limit"),
-    "max_tokens": (lambda n: is_whole(n) and n >= 1, "be at least 1"),
-    "ignore_eos": (lambda flag: isinstance(flag, bool), "be True or False"),
+    "max_tokens": (lambda n: n is None or is_whole(n) and n >= 1,
+                   "be at least 1, or None for the model's limit"),
     "stop": (lambda texts: all(isinstance(text, str) and text for text in texts),
              "hold non-empty strings"),
     "seed": (lambda seed: seed is None or is_whole(seed) and -2**63 <= seed < 2**64,
              "be a whole number of 64 bits, or None"),
+    "stop_token_ids": (lambda ids: all(is_whole(i) and i >= 0 for i in ids), "hold token ids"),
+    "min_tokens": (lambda n: is_whole(n) and n >= 0, "be a whole number of at least 0"),
+    "n": (lambda n: is_whole(n) and n >= 1, "be a whole number of at least 1"),
+    "min_p": (lambda p: is_number(p) and 0 <= p <= 1, "lie in [0, 1], 0 for no limit"),
+    "repetition_penalty": (lambda r: is_number(r) and 1e-3 <= r <= 1e3,
+                           "lie between 0.001 and 1000, 1 for none"),
+    "logit_bias": (_is_bias, "hold a number from -100 to 100 for each of some token ids"),
+    "logits_processors": (lambda those: all(map(callable, those)),
+                          "hold functions of (token_ids, logits)"),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), (
+        lambda p: is_number(p) and -2 <= p <= 2, "lie in [-2, 2], 0 for none")),
+    **dict.fromkeys(("ignore_eos", "skip_special_tokens"), (
+        lambda flag: isinstance(flag, bool), "be True or False")),
     **dict.fromkeys(("logprobs", "prompt_logprobs"), (
         _is_k, "be a whole number, 0 for the token's own alone, or None"))}
 
@@ -37,20 +77,32 @@ class SamplingParams:
     temperature: float = 1.0          # 0 = greedy (argmax); below 1 sharper, above 1 flatter
     top_k: int = 0                    # draw among the k likeliest; 0 = all
     top_p: float = 1.0                # draw among the fewest that hold this much probability
-    max_tokens: int = 64              # completion tokens at most
+    max_tokens: int | None = 64       # completion tokens at most; None: to the model's limit
     ignore_eos: bool = False          # go on past the end of sequence (benchmarks)
     stop: str | tuple[str, ...] = ()  # texts that end the completion; not part of it
     seed: int | None = None           # a stream of its own: the same tokens whatever else runs
     logprobs: int | None = None       # of each token: its log-probability, and the k likeliest's
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end it too; the last of its token ids
+    skip_special_tokens: bool = True  # False: they are part of the text
+    n: int = 1                        # completions of each prompt, from `generate` and `chat`
+    # These change the logits of a row before it samples (day 7):
+    min_tokens: int = 0               # it does not end before; no stop string begins before
+    min_p: float = 0.0                # draw among those with this share of the best's probability
+    presence_penalty: float = 0.0     # taken from the logits of tokens that the completion holds
+    frequency_penalty: float = 0.0    # the same, times how often it holds them
+    repetition_penalty: float = 1.0   # divides positive logits of tokens so far, prompt included
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)  # token id -> added
+    logits_processors: tuple = ()     # functions of (completion's token ids, logits [V]) -> logits
+
+    def __new__(cls, *args, **given):
+        refuse_unknown(given, [f.name for f in fields(cls)], "a sampling parameter")
+        return super().__new__(cls)
 
     def __post_init__(self):
-        stop = () if self.stop is None else self.stop
-        stop = tuple(stop) if isinstance(stop, (list, tuple, set, frozenset)) else (stop,)
-        given = {field.name: plain(getattr(self, field.name)) for field in fields(self)}
-        for name, value in {**given, "stop": stop}.items():
-            object.__setattr__(self, name, value)  # frozen: this is how it may set its own fields
         for name, (is_valid, meaning) in _RULES_OF_PARAMS.items():
-            if not is_valid(getattr(self, name)):
-                raise ValueError(f"{name} must {meaning}, got {shown(getattr(self, name))}")
-        object.__setattr__(self, "temperature", float(self.temperature))  # 10**20 fits no int64
+            value = _kept(name, getattr(self, name))
+            object.__setattr__(self, name, value)  # frozen: this is how it may set its own fields
+            if not is_valid(value):
+                raise ValueError(f"{name} must {meaning}, got {shown(value)}")
+        _check_lengths(self)

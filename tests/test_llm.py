@@ -1,6 +1,7 @@
 """LLM: greedy output in fp32 is that of Hugging Face, whatever the settings; chat and streams."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,8 +211,93 @@ def test_sampling_defaults(content, expected, checkpoint):
         assert llm.default_sampling_params(top_k=3, seed=1).top_k == 3
 
 
-def test_a_penalty_that_is_not_obeyed_is_named(checkpoint, caplog):
-    (checkpoint / "generation_config.json").write_text('{"repetition_penalty": 1.1}')
+def test_what_is_not_obeyed_is_named(checkpoint, caplog):
+    wishes = '{"repetition_penalty": 1.1, "length_penalty": 2.0}'
+    (checkpoint / "generation_config.json").write_text(wishes)
     with LLM(checkpoint, num_kvcache_blocks=8) as llm:
-        llm.default_sampling_params()
-    assert "repetition_penalty cannot be obeyed" in caplog.text
+        assert llm.get_default_sampling_params().repetition_penalty == 1.1
+    assert "length_penalty cannot be obeyed" in caplog.text
+
+
+# -----------------------------------------------------------------------------------------------
+# What users of vLLM expect
+# -----------------------------------------------------------------------------------------------
+
+def test_several_completions_of_a_prompt(good):
+    folder, prompt, _ = good
+    params = SamplingParams(n=3, seed=5, max_tokens=6, ignore_eos=True)
+    alone = [SamplingParams(seed=5 + i, max_tokens=6, ignore_eos=True) for i in range(3)]
+    with LLM(folder, num_kvcache_blocks=32, kvcache_block_size=4, max_model_len=40) as llm:
+        three, one = llm.generate([prompt, prompt], [params, GREEDY], use_tqdm=False)
+        want = llm.generate([prompt] * 3, alone, use_tqdm=False)
+        assert [out["token_ids"] for out in three["outputs"]] == [out["token_ids"] for out in want]
+        assert len({tuple(out["token_ids"]) for out in want}) > 1
+        assert {**three, "outputs": None} == {**three["outputs"][0], "outputs": None}
+        assert "outputs" not in one and json.dumps(three)
+        for call in (llm.add_request, llm.stream):
+            with pytest.raises(ValueError, match="^n=3 is for `generate`"):
+                call(prompt, params)
+        assert llm.is_finished()
+
+
+def test_no_limit_but_the_models(good):
+    folder, prompt, _ = good
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    with LLM(folder, **SMALL) as llm:
+        out, = llm.generate([prompt], params, use_tqdm=False)
+    blocks_hold = SMALL["num_kvcache_blocks"] * SMALL["kvcache_block_size"] + 1
+    assert len(prompt) + len(out["token_ids"]) == min(SMALL["max_model_len"], blocks_hold)
+    assert out["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_token_that_ends_it(ignore_eos, demo):
+    """It is the last of the token ids, and no text, as the end of sequence is."""
+    question = [{"role": "user", "content": "What is PagedAttention?"}]
+    whole, = demo.chat(question, SamplingParams(temperature=0), use_tqdm=False)
+    params = SamplingParams(temperature=0, stop_token_ids=whole["token_ids"][5:9],
+                            ignore_eos=ignore_eos)
+    out, = demo.chat(question, params, use_tqdm=False)
+    assert (out["token_ids"], out["finish_reason"]) == (whole["token_ids"][:6], "stop")
+    assert out["text"] == demo.tokenizer.decode(whole["token_ids"][:5])
+    assert "".join(demo.stream(question, params)) == out["text"]
+
+
+def test_not_before_min_tokens(demo):
+    question = [{"role": "user", "content": "What is PagedAttention?"}]
+    whole, = demo.chat(question, SamplingParams(temperature=0, max_tokens=99), use_tqdm=False)
+    n = len(whole["token_ids"])                      # the last of them is the end of sequence
+    assert whole["finish_reason"] == "stop" and n < 90
+    for least in (n - 1, n, n + 5):
+        out, = demo.chat(question, SamplingParams(temperature=0, max_tokens=n + 20,
+                                                  min_tokens=least), use_tqdm=False)
+        assert (out["token_ids"] == whole["token_ids"]) == (least < n)
+        assert len(out["token_ids"]) > least
+
+
+def test_special_tokens_in_the_text(demo):
+    end = demo.tokenizer.eos_token
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True,
+                            logit_bias={demo.tokenizer.eos_token_id: 100})
+    out, = demo.generate("a", params, use_tqdm=False)
+    assert out["text"] == ""
+    out, = demo.generate("a", replace(params, skip_special_tokens=False), use_tqdm=False)
+    assert out["text"] == end * 12
+    out, = demo.generate("a", replace(params, skip_special_tokens=False, stop=end * 2, min_tokens=3),
+                         use_tqdm=False)
+    assert (out["text"], out["finish_reason"], len(out["token_ids"])) == (end * 3, "stop", 5)
+
+
+def test_a_stream_of_messages(demo):
+    say = [{"role": "user", "content": "What is a block table?"}]
+    out, = demo.chat(say, GREEDY, use_tqdm=False)
+    assert "".join(demo.stream(say, GREEDY)) == out["text"] != ""
+    begun = [*say, {"role": "assistant", "content": "A block table"}]
+    kwargs = {"continue_final_message": True}
+    out, = demo.chat(begun, GREEDY, use_tqdm=False, chat_template_kwargs=kwargs)
+    assert "".join(demo.stream(begun, GREEDY, kwargs)) == out["text"]
+
+
+def test_vllms_names(demo):
+    assert demo.get_tokenizer() is demo.tokenizer
+    assert demo.get_default_sampling_params() == demo.default_sampling_params()

@@ -12,7 +12,7 @@ from ..layers.sampler import Sampler
 from ..models.registry import get_model_class
 from ..sampling_params import SamplingParams
 from ..utils.rooms import find_room
-from .admission import check_logprobs, check_names
+from .admission import admit, check_names
 from .block_manager import BlockManager
 from .books import Books
 from .culprits import find_culprits
@@ -20,7 +20,6 @@ from .interrupts import interrupt_afterwards
 from .model_runner import ModelRunner
 from .outputs import EngineStats, Request, StepOutput, score
 from .scheduler import ScheduledRow, Scheduler
-from .sequence import Sequence
 from .text import Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer
 
 
@@ -109,9 +108,9 @@ class LLMEngine(Books):
             raise TypeError(f"sampling_params must be SamplingParams, got {type(params).__name__}")
         token_ids = encode_prompt(prompt, self.tokenizer, self.config.hf_config.vocab_size)
         self._check_length(len(token_ids))
-        check_logprobs(params, self.config.hf_config.vocab_size)
-        return Request(Sequence(token_ids, params),
-                       Detokenizer(self.tokenizer, params.stop, token_ids), is_private)
+        return Request(admit(token_ids, params, self.config, self.scheduler.eos_token_ids),
+                       Detokenizer(self.tokenizer, params.stop, token_ids,
+                                   params.skip_special_tokens, params.min_tokens), is_private)
 
     def add_request(self, prompt: str | list[int],
                     sampling_params: SamplingParams | None = None) -> int:
@@ -175,8 +174,12 @@ class LLMEngine(Books):
         seqs = [row.seq for row in batch if row.samples]
         if not seqs:
             return []
-        tokens = self.sampler(logits, [seq.sampling_params for seq in seqs],
-                              [seq.num_completion_tokens for seq in seqs])
+        sampler = self.sampler
+        if any(seq.logits_processors for seq in seqs):
+            from ..layers.processors import after_processors
+            sampler = after_processors(sampler, seqs)
+        tokens = sampler(logits, [seq.sampling_params for seq in seqs],
+                         [seq.num_completion_tokens for seq in seqs])
         return self.stepper.collect(tokens, batch)
 
     def abort(self, request_id: int) -> dict | None:

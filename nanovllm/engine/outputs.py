@@ -100,7 +100,10 @@ class Request:
     def read(self) -> str | None:
         """Give tokens that are new to the detokenizer. Why the request must end, or None."""
         seq, detokenizer = self.seq, self.detokenizer
-        for token_id in seq.token_ids[seq.num_prompt_tokens + len(detokenizer.token_ids):]:
+        new = seq.token_ids[seq.num_prompt_tokens + len(detokenizer.token_ids):]
+        if seq.finish_reason == "stop":          # the token that ended it is no text
+            new = new[:-1]
+        for token_id in new:
             self._try(lambda: detokenizer.append(token_id))
         if not self.is_private:
             self._try(detokenizer.certain_text)

@@ -153,7 +153,7 @@ class Scheduler:
         params, length = seq.sampling_params, len(seq.token_ids)
         if token < 0:
             return "nan"
-        if token in self.eos_token_ids and not params.ignore_eos:
+        if token in self.eos_token_ids and not params.ignore_eos or token in params.stop_token_ids:
             return "stop"
         if length - seq.num_prompt_tokens >= params.max_tokens or length >= self.max_tokens:
             return "length"

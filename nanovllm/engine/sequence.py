@@ -20,6 +20,7 @@ class SequenceStatus(Enum):
 class Sequence:
     """One request: its tokens so far, how many have keys and values, and where those lie."""
     _ids = count()
+    logits_processors = ()  # what changes its logits before it samples, if anything (day 7)
 
     def __init__(self, token_ids: list[int], sampling_params: SamplingParams | None = None,
                  seq_id: int | None = None):

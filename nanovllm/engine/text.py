@@ -22,13 +22,16 @@ class Detokenizer:
     """The text of a growing completion. ValueError for stop strings that could never be found.
 
     prompt: the tokens before it; whether its first word has a space in front depends on them.
+    min_tokens: no stop string begins in the text of so many tokens.
     """
 
-    def __init__(self, tokenizer, stop: tuple[str, ...] = (), prompt: list[int] = ()):
+    def __init__(self, tokenizer, stop: tuple[str, ...] = (), prompt: list[int] = (),
+                 skip_special_tokens: bool = True, min_tokens: int = 0):
         if stop and tokenizer is None:
             raise ValueError("stop needs text, and the model has no tokenizer: leave it out")
         self.tokenizer, self.stop = tokenizer, stop
-        self._stop_ids = special_stop_ids(tokenizer, stop)
+        self.skip_special_tokens, self.min_tokens = skip_special_tokens, min_tokens
+        self._stop_ids = special_stop_ids(tokenizer, stop if skip_special_tokens else ())
         self.token_ids: list[int] = []
         self._before = list(prompt[-5:]) if tokenizer is not None else []
         if self._before and self._decoded(0, 0).endswith("\ufffd"):
@@ -48,7 +51,7 @@ class Detokenizer:
         """Add a token; its characters join the text once they are whole."""
         self.token_ids.append(token_id)
         if self.stop:                  # these must be seen at once
-            is_stop = token_id in self._stop_ids
+            is_stop = token_id in self._stop_ids and len(self.token_ids) > self.min_tokens
             self._decode(final=is_stop)
             self.stopped |= is_stop
 
@@ -73,11 +76,13 @@ class Detokenizer:
 
     def _decoded(self, start: int, end: int) -> str:
         """The text of these tokens; at the very beginning after that of the prompt's last ones."""
-        ids = self.token_ids[start:end]
-        return self.tokenizer.decode(ids if start else self._before + ids, skip_special_tokens=True)
+        ids = self.token_ids[start:end] if start else self._before + self.token_ids[:end]
+        return self.tokenizer.decode(ids, skip_special_tokens=self.skip_special_tokens)
 
     def _look_for_stop(self) -> None:
         """Cut the text before the first stop string; hold back what may become one."""
+        if len(self.token_ids) <= self.min_tokens:
+            self._certain = len(self.text)
         places = [at for s in self.stop if (at := self.text.find(s, self._certain)) >= 0]
         if places:
             self.text, self.stopped = self.text[:min(places)], True
@@ -135,9 +140,10 @@ def load_tokenizer(folder: str | Path):
     return loaded
 
 
-OBEYED = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
-          "max_new_tokens": "max_tokens", "stop_strings": "stop"}  # theirs -> ours
-NEUTRAL = {"repetition_penalty": 1, "encoder_repetition_penalty": 1, "typical_p": 1, "num_beams": 1,
+OBEYED = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p",
+          "repetition_penalty": "repetition_penalty", "max_new_tokens": "max_tokens",
+          "stop_strings": "stop"}  # theirs -> ours
+NEUTRAL = {"encoder_repetition_penalty": 1, "typical_p": 1, "num_beams": 1,
            "num_return_sequences": 1, "guidance_scale": 1, "length_penalty": 1, "max_length": 20,
            "num_beam_groups": 1}  # wish -> the value at which it wishes nothing; else 0 or nothing
 SILENT = re.compile("_.*|.*(cache|assist|lookbehind|speculation|compile).*|output_.*|return_.*|"

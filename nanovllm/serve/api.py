@@ -26,8 +26,8 @@ from ..engine.text import load_tokenizer
 from .async_engine import AsyncEngine, EngineDead, QueueFull, Stream
 from .live import Live
 from .protocol import (
-    BadRequest, ChatFormat, ChatRequest, CompletionFormat, CompletionRequest, Limits,
-    TokenizeRequest, Usage, chat_prompt, envelope, error_body, text_prompt, token_text,
+    TAKEN, BadRequest, ChatFormat, ChatRequest, CompletionFormat, CompletionRequest, Limits,
+    TokenizeRequest, Usage, chat_prompt, envelope, error_body, name_in, text_prompt, token_text,
 )
 
 logger = logging.getLogger("nanovllm")
@@ -179,7 +179,8 @@ class Service:
         """POST /v1/chat/completions."""
         self.check_model(body.model)
         body.check(self.limits)
-        ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs)
+        ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs,
+                                body.add_generation_prompt, body.continue_final_message)
         return await self.answer(body, [ids], ChatFormat, "messages", request)
 
     async def answer(self, body, prompts: list[list[int]], form: type[CompletionFormat],
@@ -192,7 +193,8 @@ class Service:
                 [(ids, params) for ids in prompts for params in choices],
                 wants_pieces=body.stream, timeout=self.limits.seconds)
         except (TypeError, ValueError) as error:
-            raise BadRequest(str(error), prompt_field) from error
+            name = name_in(str(error))
+            raise BadRequest(str(error), name if name in TAKEN else prompt_field) from error
         if body.stream:
             events = self.events(stream, form, usage, body.stream_options.include_usage)
             return EventStream(events, self.engine, stream, self.limits.seconds + 10)

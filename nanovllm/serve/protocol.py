@@ -12,7 +12,7 @@ __all__ = [
 import inspect
 import logging
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
 
@@ -22,20 +22,17 @@ from ..engine.text import encode_prompt
 from ..sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
-# What goes to SamplingParams as it is, where it has such a field.
-TAKEN = {field.name for field in fields(SamplingParams)} & {
+# What goes to SamplingParams as it is.
+TAKEN = {
     "temperature", "top_k", "top_p", "stop", "seed", "ignore_eos", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "min_tokens", "stop_token_ids",
-    "skip_special_tokens"}
+    "skip_special_tokens", "logit_bias"}
 
 # What would change the answer and cannot be obeyed; their values that mean nothing.
 NEUTRAL = {
-    "min_p": (0,), "presence_penalty": (0,), "frequency_penalty": (0,),
-    "repetition_penalty": (1,), "length_penalty": (1,), "min_tokens": (0,), "logit_bias": ({},),
-    "stop_token_ids": ([],), "best_of": (1,), "use_beam_search": (False,), "echo": (False,),
+    "length_penalty": (1,), "best_of": (1,), "use_beam_search": (False,), "echo": (False,),
     "suffix": ("",), "prompt_logprobs": (), "truncate_prompt_tokens": (),
-    "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
-    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template": (),
+    "include_stop_str_in_output": (False,), "chat_template": (),
     "response_format": ({"type": "text"},), "structured_outputs": (), "tools": ([],),
     "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": ()}
@@ -47,6 +44,7 @@ class Limits:
     choices: int = 64              # prompts × n
     logprobs: int = 20             # likeliest tokens beside each
     stop: int = 16                 # stop strings
+    token_ids: int = 1024          # in logit_bias, in stop_token_ids
     body_bytes: int = 1 << 20
     seconds: float = 600.0         # from arrival to the end of the answer
     body_seconds: float = 30.0     # for the next piece of a request's body
@@ -131,6 +129,11 @@ class GenerationRequest(Fields):
                              f"{limits.choices} choices that one request may ask for", "n")
         if len(self.stop) > limits.stop and not isinstance(self.stop, str):
             raise BadRequest(f"stop holds {len(self.stop)} strings, {limits.stop} at most", "stop")
+        for name in ("logit_bias", "stop_token_ids"):
+            value = self.model_extra.get(name)
+            if isinstance(value, (dict, list)) and len(value) > limits.token_ids:
+                raise BadRequest(f"{name} holds {len(value)} tokens, {limits.token_ids} at most",
+                                 name)
         if (self.logprobs_wanted() or 0) > limits.logprobs:
             raise BadRequest(f"{self.logprobs_field} must be at most {limits.logprobs}",
                              self.logprobs_field)
@@ -142,10 +145,10 @@ class GenerationRequest(Fields):
         """
         given = {name: value for name, value in {**self.model_extra, "stop": self.stop}.items()
                  if name in TAKEN}
-        if given.get("top_k") == -1:             # how vLLM says: all
-            given["top_k"] = 0
         given["max_tokens"], given["logprobs"] = self.token_limit(longest), self.logprobs_wanted()
         try:
+            if isinstance(bias := given.get("logit_bias"), dict):
+                given["logit_bias"] = {int(i) if i.isdecimal() else i: b for i, b in bias.items()}
             params = replace(defaults, **given)
             return [params if params.seed is None else replace(params, seed=params.seed + i)
                     for i in range(self.n)]
@@ -183,6 +186,8 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0)
     chat_template_kwargs: dict[str, Any] = {}
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False         # the last message is the answer's beginning
     logprobs_field: ClassVar = "top_logprobs"
 
     def token_limit(self, longest: int) -> int:
@@ -211,8 +216,13 @@ class TokenizeRequest(Fields):
     chat_template_kwargs: dict[str, Any] = {}
 
 
-def chat_prompt(tokenizer, messages: list[Message], kwargs: dict) -> list[int]:
-    """Token ids of a conversation, up to where the answer begins."""
+def chat_prompt(tokenizer, messages: list[Message], kwargs: dict,
+                add_generation_prompt: bool = True,
+                continue_final_message: bool = False) -> list[int]:
+    """Token ids of a conversation, up to where the answer begins or goes on."""
+    if add_generation_prompt and continue_final_message:
+        raise BadRequest("continue_final_message needs add_generation_prompt=false",
+                         "continue_final_message")
     if getattr(tokenizer, "chat_template", None) is None:
         raise BadRequest("the model has no chat template; use /v1/completions", "messages")
     own = inspect.signature(tokenizer.apply_chat_template).parameters
@@ -220,8 +230,9 @@ def chat_prompt(tokenizer, messages: list[Message], kwargs: dict) -> list[int]:
         raise BadRequest(f"chat_template_kwargs may not set {taken[0]!r}", "chat_template_kwargs")
     try:
         return tokenizer.apply_chat_template([message.plain() for message in messages],
-                                             add_generation_prompt=True, return_dict=False,
-                                             **kwargs)
+                                             add_generation_prompt=add_generation_prompt,
+                                             continue_final_message=continue_final_message,
+                                             return_dict=False, **kwargs)
     except Exception as error:                   # whatever the template's author had it raise
         raise BadRequest(f"the chat template refuses the messages: {error}", "messages") from error
 

@@ -75,6 +75,18 @@ def test_the_first_of_several_stop_strings():
     assert detokenizer.stopped and detokenizer.text == "on"
 
 
+@pytest.mark.parametrize("min_tokens, text", [(0, "a"), (1, "a"), (2, "aENDb"), (4, "aENDb"),
+                                              (5, "aENDb"), (8, "aENDbEND")])
+def test_no_stop_string_begins_before_min_tokens(min_tokens, text):
+    detokenizer, shown = Detokenizer(Bytes(), ("END",), min_tokens=min_tokens), []
+    for byte in b"aENDbENDENDc":
+        if not detokenizer.stopped:
+            detokenizer.append(byte)
+            shown.append(detokenizer.certain_text())
+    detokenizer.finish()
+    assert detokenizer.text == text and all(text.startswith(piece) for piece in shown)
+
+
 def test_a_stop_string_that_does_not_come():
     shown, detokenizer = pieces("ab<", stop=("<end>",))
     assert shown[-1] == "ab" and not detokenizer.stopped
@@ -326,14 +338,16 @@ def test_an_end_of_text_that_is_no_id(ids, tmp_path):
 
 @pytest.mark.parametrize("given, found, ignored", [
     ({"stop_strings": ["a"], "do_sample": True}, {"stop": ("a",)}, []),
-    ({"repetition_penalty": 1.0, "num_beams": 1, "max_length": 20, "length_penalty": 1.0,
+    ({"repetition_penalty": 1.1, "min_p": .1}, {"temperature": 0, "repetition_penalty": 1.1,
+                                                "min_p": .1}, []),
+    ({"encoder_repetition_penalty": 1.0, "num_beams": 1, "max_length": 20, "length_penalty": 1.0,
       "token_healing": False, "bad_words_ids": None, "forced_eos_token_id": []},
      {"temperature": 0}, []),
     ({"use_cache": True, "transformers_version": "5", "_from_model_config": True,
       "pad_token_id": 3, "cache_implementation": "static", "output_scores": True},
      {"temperature": 0}, []),
     *[({name: value}, {"temperature": 0}, [name]) for name, value in [
-        ("repetition_penalty", 1.1), ("min_p", .1), ("suppress_tokens", [5]), ("num_beams", 4),
+        ("suppress_tokens", [5]), ("num_beams", 4),
         ("begin_suppress_tokens", [1]), ("bad_words_ids", [[3]]), ("sequence_bias", [[[1], 2.0]]),
         ("min_new_tokens", 5), ("max_length", 4096), ("penalty_alpha", .6), ("eta_cutoff", 1e-3),
         ("forced_bos_token_id", 3), ("guidance_scale", 2), ("what_comes_next_year", 1)]]], ids=str)

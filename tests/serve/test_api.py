@@ -175,6 +175,33 @@ def test_null_is_as_if_not_given_and_unknown_fields_are_ignored(client):
     assert answer.usage.completion_tokens == 2
 
 
+@pytest.mark.parametrize("wish, stream", [
+    (dict(presence_penalty=1.5, frequency_penalty=.5), False), (dict(repetition_penalty=1.3), True),
+    (dict(min_p=.2, temperature=1.5, seed=4), False), (dict(min_tokens=12), False),
+    (dict(stop_token_ids=[289], top_k=-1), True), (dict(skip_special_tokens=False), False),
+    (dict(logit_bias={50: -100, 289: 5}), True)], ids=str)
+def test_what_vllm_adds_is_obeyed(wish, stream, client, llm):
+    """The answer is that of the library."""
+    want, = llm.chat(ASK["messages"], SamplingParams(**{"temperature": 0, "max_tokens": 20, **wish}),
+                     use_tqdm=False)
+    ours = {**wish, "logit_bias": {str(i): b for i, b in wish.get("logit_bias", {}).items()}}
+    answer = client.chat.completions.create(**ASK, max_tokens=20, stream=stream, extra_body=ours)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else \
+        answer.choices[0].message.content
+    assert text == want["text"]
+
+
+def test_an_answer_that_has_begun_is_continued(client, llm):
+    messages = [*ASK["messages"], {"role": "assistant", "content": "It stores the KV"}]
+    settings = {"add_generation_prompt": False, "continue_final_message": True}
+    answer = client.chat.completions.create(model="demo", messages=messages, temperature=0,
+                                            max_tokens=8, extra_body=settings)
+    want, = llm.chat(messages, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False,
+                     chat_template_kwargs={"continue_final_message": True})
+    assert answer.choices[0].message.content == want["text"]
+    assert answer.usage.prompt_tokens == len(want["prompt_token_ids"])
+
+
 def test_a_prompt_asked_twice_is_served_from_the_cache(client):
     long = "Blocks of keys and values. " * 8
     answers = [client.completions.create(model="demo", prompt=long, max_tokens=1)
@@ -223,8 +250,16 @@ def test_metrics_are_what_prometheus_reads(server):
     ({"stop": ["a"] * 17}, "stop"), ({"stop": [""]}, "stop"), ({"stop": 3}, "stop"),
     ({"seed": 2**65}, "seed"), ({"seed": 2**64 - 1, "n": 2}, "seed"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-    ({"presence_penalty": 1}, "presence_penalty"), ({"logit_bias": {"3": 1}}, "logit_bias"),
-    ({"min_p": 0.1}, "min_p"), ({"stop_token_ids": [3]}, "stop_token_ids"),
+    ({"presence_penalty": 3}, "presence_penalty"), ({"logit_bias": {"3": 101}}, "logit_bias"),
+    ({"logit_bias": {"three": 1}}, "logit_bias"), ({"logit_bias": [3]}, "logit_bias"),
+    ({"logit_bias": {"123456": 1}}, "logit_bias"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
+    ({"min_p": 1.5}, "min_p"), ({"stop_token_ids": ["x"]}, "stop_token_ids"),
+    ({"stop_token_ids": [3] * 1025}, "stop_token_ids"), ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens"), ({"top_k": -2}, "top_k"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"skip_special_tokens": "no"}, "skip_special_tokens"),
+    ({"continue_final_message": True}, "continue_final_message"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
     ({"tools": [{}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
