@@ -6,15 +6,12 @@ __all__ = ["logger", "LLM"]
 
 import logging
 from collections.abc import Iterator
-from time import perf_counter
 
-from tqdm.auto import tqdm
-
-from .engine.admission import choices, together
+from .engine.admission import choices, params_for_each, together
 from .engine.chat import chat_settings, hint_at_chat, no_endless_template, with_plain_content
-from .engine.interrupts import interrupt_afterwards
 from .engine.llm_engine import LLMEngine
 from .engine.outputs import Request
+from .engine.progress import Progress
 from .engine.text import recommended_params
 from .sampling_params import SamplingParams
 
@@ -45,8 +42,7 @@ class LLM(LLMEngine):
             raise TypeError("prompts holds a bare token id; a prompt is a list of them, so one "
                             "prompt is [[1, 2, 3]]")
         groups = [[self._make_request(prompt, one, is_private=True) for one in choices(params)]
-                  for prompt, params
-                  in zip(prompts, self._params_for_each(prompts, sampling_params))]
+                  for prompt, params in zip(prompts, params_for_each(prompts, sampling_params))]
         requests = [request for group in groups for request in group]
         self._hinted = self._hinted or hint_at_chat(prompts, self.tokenizer)
         ids = [request.seq.seq_id for request in requests]
@@ -58,18 +54,6 @@ class LLM(LLMEngine):
             self._tidy_up()
         return [together([request.output for request in group]) for group in groups]
 
-    def _params_for_each(self, prompts, sampling_params) -> list:
-        """One SamplingParams (or None) per prompt."""
-        if sampling_params is None or isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * len(prompts)
-        if not isinstance(sampling_params, (list, tuple)):
-            raise TypeError("sampling_params must be SamplingParams, a list of them or None, "
-                            f"got {type(sampling_params).__name__}")
-        if len(sampling_params) != len(prompts):
-            raise ValueError(f"sampling_params: got {len(sampling_params)} for {len(prompts)} "
-                             "prompts; give one for all or one for each")
-        return list(sampling_params)
-
     def _step_for(self, request: Request) -> None:
         """A step, unless the request is over: another thread's step may have finished it."""
         with self._lock:
@@ -77,31 +61,15 @@ class LLM(LLMEngine):
                 self._check_open()
                 self._run_step()
 
-    def _show(self, bar: tqdm, num_finished: int) -> None:
-        """The rates of now, on the progress bar."""
-        with interrupt_afterwards():
-            bar.set_postfix_str(f"prefill {self.stats.prefill_throughput:,.0f} tokens/s, "
-                                f"decode {self.stats.decode_throughput:,.0f} tokens/s", False)
-            bar.update(num_finished - bar.n)
-
     def _run_until_finished(self, requests: list[Request], use_tqdm: bool) -> None:
         """Step until all of these are over, showing progress."""
-        bar, unfinished, next_look = None, requests[::-1], 0.0
-        try:
-            with interrupt_afterwards():       # within tqdm one would leave tqdm's own lock closed
-                bar = tqdm(total=len(requests), desc="Generating", unit="request",
-                           dynamic_ncols=True) if use_tqdm else None
+        unfinished = requests[::-1]
+        with Progress(requests, self.stats, use_tqdm) as progress:
             while unfinished:
                 self._step_for(unfinished[-1])
                 while unfinished and unfinished[-1].output is not None:
                     unfinished.pop()
-                if use_tqdm and (perf_counter() > next_look or not unfinished):
-                    self._show(bar, sum(request.output is not None for request in requests))
-                    next_look = perf_counter() + 0.1  # a user reads no faster
-        finally:
-            if bar is not None:
-                with interrupt_afterwards():
-                    bar.close()
+                progress.show()
 
     def stream(self, prompt: str | list, sampling_params: SamplingParams | None = None,
                chat_template_kwargs: dict | None = None) -> Iterator[str]:
