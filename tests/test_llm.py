@@ -283,8 +283,8 @@ def test_special_tokens_in_the_text(demo):
     assert out["text"] == ""
     out, = demo.generate("a", replace(params, skip_special_tokens=False), use_tqdm=False)
     assert out["text"] == end * 12
-    out, = demo.generate("a", replace(params, skip_special_tokens=False, stop=end * 2, min_tokens=3),
-                         use_tqdm=False)
+    params = replace(params, skip_special_tokens=False, stop=end * 2, min_tokens=3)
+    out, = demo.generate("a", params, use_tqdm=False)
     assert (out["text"], out["finish_reason"], len(out["token_ids"])) == (end * 3, "stop", 5)
 
 

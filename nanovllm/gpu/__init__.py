@@ -54,7 +54,7 @@ def make_sampler(runner) -> Sampler:
     from .sampling import TritonSampler
     from ..sampling_params import SamplingParams
     fast, taught = TritonSampler(device), Sampler(device)
-    wishes = [dict(), dict(temperature=.6, top_k=20, top_p=.95), dict(temperature=1.3, top_p=.7)] * 2
+    wishes = [{}, dict(temperature=.6, top_k=20, top_p=.95), dict(temperature=1.3, top_p=.7)] * 2
     params, draws = [SamplingParams(seed=i, **wish) for i, wish in enumerate(wishes)], range(6)
     logits = torch.randn(6, runner.config.hf_config.vocab_size, device=device).to(dtype)
     if torch.equal(fast(logits, params, draws), taught(logits, params, draws)):

@@ -47,7 +47,7 @@ def check(got, right, dtype):
 
 
 def with_extreme_rows(rows, *shape, dtype):
-    """[rows, *shape] of which some rows hold extreme numbers; which do not; the same, they alone."""
+    """[rows, *shape] of which some rows are extreme; which are not; the same, they alone."""
     x, keep = extreme(rows, *shape, dtype=dtype), torch.rand(rows) < 0.5
     x[keep] = torch.randn(int(keep.sum()), *shape).to(dtype)
     return x, keep, torch.where(keep.view(-1, *[1] * len(shape)), x, 0)
@@ -112,7 +112,8 @@ def test_a_product_keeps_its_rows_apart(case):
 def cached(rng, lengths, kv_heads, d, bs, dtype):
     """Caches of NaN but for these rows' own keys and values; tables that are padded with -1."""
     counts = [-(-length // bs) for length in lengths]
-    order, width = torch.randperm(sum(counts) + 2).int(), max(counts, default=0) + rng.choice([0, 3])
+    order = torch.randperm(sum(counts) + 2).int()
+    width = max(counts, default=0) + rng.choice([0, 3])
     caches = torch.full((2, len(order), bs, kv_heads, d), torch.nan, dtype=dtype)
     tables = torch.full((len(lengths), width), -1, dtype=torch.int32)
     for row, count in enumerate(counts):
@@ -123,7 +124,7 @@ def cached(rng, lengths, kv_heads, d, bs, dtype):
 
 
 def near_a_border(rng, bs):
-    """A length of which blocks of `bs`, or the kernel's 32 or 256 keys, are full, nearly or just."""
+    """A length at which blocks of `bs`, or the kernel's 32 or 256 keys, are full or nearly."""
     return max(1, rng.choice([bs, 32, 256, 2 * bs]) * rng.randrange(1, 3) + rng.choice([-1, 0, 1]))
 
 

@@ -276,8 +276,9 @@ def test_one_that_raises_ends_alone(penalised_model):
 def test_who_asks_for_nothing_never_meets_the_module():
     """Days 1 to 6 do without it."""
     code = ("import sys; from nanovllm import LLM, SamplingParams; "
-            "llm = LLM(num_kvcache_blocks=9); llm.generate(['a'], SamplingParams(max_tokens=3, stop_token_ids=[5], n=2), "
-            "use_tqdm=False); print('nanovllm.layers.processors' in sys.modules)")
+            "params = SamplingParams(max_tokens=3, stop_token_ids=[5], n=2); "
+            "LLM(num_kvcache_blocks=9).generate(['a'], params, use_tqdm=False); "
+            "print('nanovllm.layers.processors' in sys.modules)")
     assert run_python("-c", code).stdout.split()[-1] == "False"
 
 

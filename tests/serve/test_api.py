@@ -182,8 +182,8 @@ def test_null_is_as_if_not_given_and_unknown_fields_are_ignored(client):
     (dict(logit_bias={50: -100, 289: 5}), True)], ids=str)
 def test_what_vllm_adds_is_obeyed(wish, stream, client, llm):
     """The answer is that of the library."""
-    want, = llm.chat(ASK["messages"], SamplingParams(**{"temperature": 0, "max_tokens": 20, **wish}),
-                     use_tqdm=False)
+    params = SamplingParams(**{"temperature": 0, "max_tokens": 20, **wish})
+    want, = llm.chat(ASK["messages"], params, use_tqdm=False)
     ours = {**wish, "logit_bias": {str(i): b for i, b in wish.get("logit_bias", {}).items()}}
     answer = client.chat.completions.create(**ASK, max_tokens=20, stream=stream, extra_body=ours)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in answer) if stream else \
