@@ -31,8 +31,9 @@ def check_logprobs(params: SamplingParams, vocab_size: int) -> None:
                              "of each token; ask for fewer")
 
 
-_CHANGE_LOGITS = [f for f in fields(SamplingParams) if f.name.endswith("penalty") or f.name in (
-    "min_tokens", "min_p", "logit_bias", "logits_processors")]
+_ELSEWHERE = {"temperature", "top_k", "top_p", "max_tokens", "ignore_eos", "stop", "seed", "n",
+              "logprobs", "prompt_logprobs", "stop_token_ids", "skip_special_tokens"}
+_CHANGE_LOGITS = [f for f in fields(SamplingParams) if f.name not in _ELSEWHERE]
 
 
 def admit(token_ids: list[int], params: SamplingParams, config: Config,
