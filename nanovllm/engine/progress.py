@@ -9,16 +9,16 @@ from time import perf_counter
 from tqdm.auto import tqdm
 
 from .interrupts import interrupt_afterwards
-from .outputs import EngineStats, Request
+from .outputs import EngineStats
 
 
 class Progress:
-    """A bar over requests, with the rates of prefill and decode; without `use_tqdm` none.
+    """A bar over `Request`s, with the rates of prefill and decode; without `use_tqdm` none.
 
     Signals wait while it changes: within tqdm one would leave the lock of all bars closed.
     """
 
-    def __init__(self, requests: list[Request], stats: EngineStats, use_tqdm: bool):
+    def __init__(self, requests: list, stats: EngineStats, use_tqdm: bool):
         self.requests, self.stats = requests, stats
         self.next_look = 0.0 if use_tqdm else float("inf")
         with interrupt_afterwards():
