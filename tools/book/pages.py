@@ -24,7 +24,8 @@ C_CELL = re.compile(r"%%c +(\S+)[^\S\n]*\n")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".toml": "toml", ".ini": "ini", ".json": "json",
              ".md": "markdown", ".sh": "bash", ".yml": "yaml"}
 PROMPTS = {"code_prompt_show": "Show the answer", "code_prompt_hide": "Hide the answer"}
-FIRST = ["glossary.md", "map.md", "vllm.md", "benchmarks.md", "ablation.md", "contributing.md"]
+FIRST = ["glossary.md", "map.md", "vllm.md", "scaling.md", "benchmarks.md", "ablation.md",
+         "contributing.md"]
 
 
 @dataclass
