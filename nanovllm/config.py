@@ -22,7 +22,7 @@ DEMO_MODEL = Path(str(files("nanovllm") / "demo_model"))
 @dataclass
 class Config:
     """Settings of one engine; a wrong value is a ValueError that names the setting."""
-    model: str | os.PathLike | None = None  # folder or Hub id; None: the bundled demo model
+    model: str | os.PathLike[str] | None = None  # folder or Hub id; None: the bundled demo model
     device: str = "auto"                    # "auto", "cpu", "cuda", "cuda:1"
     dtype: str = "auto"                     # "auto" (the checkpoint's), "float32", "bfloat16", ...
     tensor_parallel_size: int = 1           # processes (GPUs) that share each layer
@@ -43,7 +43,7 @@ class Config:
     revision: str | None = None             # branch, tag or commit of a Hub id; None: the newest
     hf_config: Any = field(default=None, init=False, repr=False)  # the checkpoint's config.json
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (meaning, is_valid) in _RULES.items():
             setattr(self, name, plain(getattr(self, name)))
             if not is_valid(getattr(self, name)):
@@ -73,7 +73,7 @@ def _download(repo_id: str, revision: str | None = None) -> Path:
                          "the network, or download it first and give its folder") from error
 
 
-def resolve_model(model: str | os.PathLike | None, revision: str | None = None) -> Path:
+def resolve_model(model: str | os.PathLike[str] | None, revision: str | None = None) -> Path:
     """The folder that holds `model`: itself, the demo model for None, or a download from the Hub.
 
     ValueError if there is no such folder and no such repository, or for a folder's revision.
@@ -109,7 +109,7 @@ def _what_it_is_instead(folder: Path) -> str | None:
     return None
 
 
-def read_hf_config(folder: str | os.PathLike):
+def read_hf_config(folder: str | os.PathLike[str]) -> Any:
     """The checkpoint's config.json as transformers reads it, with old and new key names alike.
 
     ValueError if the folder holds none, one that transformers cannot read, or something else.
@@ -127,7 +127,7 @@ def read_hf_config(folder: str | os.PathLike):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"model: cannot read {file}: {error}") from error
-    check_hf_config(config, given, folder)
+    check_hf_config(config, given, file.parent)
     return config
 
 
@@ -171,9 +171,9 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def max_positions(hf_config) -> int | None:
+def max_positions(hf_config: object) -> int | None:
     """Positions that a checkpoint is made for, with its RoPE scaling; None if it does not say."""
-    limit = getattr(hf_config, "max_position_embeddings", None)
+    limit: int | None = getattr(hf_config, "max_position_embeddings", None)
     rope = getattr(hf_config, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
     if limit and kind in ("linear", "dynamic"):
@@ -183,12 +183,11 @@ def max_positions(hf_config) -> int | None:
     return limit
 
 
-def _sliding_window(hf_config) -> int | None:
+def _sliding_window(hf_config: object) -> int | None:
     """Tokens that some layer looks back at most, or None if all layers see everything."""
     kinds = getattr(hf_config, "layer_types", None)
-    if kinds and "sliding_attention" not in kinds:
-        return None
-    return getattr(hf_config, "sliding_window", None)  # None too where it is switched off
+    window: int | None = getattr(hf_config, "sliding_window", None)  # None too if switched off
+    return window if not kinds or "sliding_attention" in kinds else None
 
 
 def _lowered(max_model_len: int, positions: int | None) -> int:

@@ -5,8 +5,9 @@
 __all__ = ["logger", "LLM"]
 
 import logging
-from collections.abc import Iterator
+from collections import abc
 from time import perf_counter
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -19,6 +20,7 @@ from .engine.text import recommended_params
 from .sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
+_Params = SamplingParams | abc.Sequence[SamplingParams] | None  # for all prompts, or for each
 
 
 class LLM(LLMEngine):
@@ -28,7 +30,8 @@ class LLM(LLMEngine):
     """
     _hinted = False                    # that this model is made for chats
 
-    def generate(self, prompts, sampling_params=None, use_tqdm: bool = True) -> list[dict]:
+    def generate(self, prompts: str | abc.Sequence[str | list[int]],
+                 sampling_params: _Params = None, use_tqdm: bool = True) -> list[dict[str, Any]]:
         """Complete all prompts; their outputs in the order of the prompts.
 
         prompts: a string, or a list of strings and lists of token ids. sampling_params: None, one
@@ -58,7 +61,7 @@ class LLM(LLMEngine):
             self._tidy_up()
         return [together([request.output for request in group]) for group in groups]
 
-    def _params_for_each(self, prompts, sampling_params) -> list:
+    def _params_for_each(self, prompts: Any, sampling_params: Any) -> list[Any]:
         """One SamplingParams (or None) per prompt."""
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             return [sampling_params] * len(prompts)
@@ -103,8 +106,8 @@ class LLM(LLMEngine):
                 with interrupt_afterwards():
                     bar.close()
 
-    def stream(self, prompt: str | list, sampling_params: SamplingParams | None = None,
-               chat_template_kwargs: dict | None = None) -> Iterator[str]:
+    def stream(self, prompt: str | list[Any], sampling_params: SamplingParams | None = None,
+               chat_template_kwargs: dict[str, Any] | None = None) -> abc.Iterator[str]:
         """The completion of one prompt, piece by piece; the pieces add up to its text.
 
         prompt: text, token ids, or messages as `chat` takes them. Other requests move
@@ -119,7 +122,7 @@ class LLM(LLMEngine):
         self._hinted = self._hinted or hint_at_chat([prompt], self.tokenizer)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[str]:
+    def _stream(self, request: Request) -> abc.Iterator[str]:
         """Step until the request is over; yields what became certain."""
         shown = 0
         try:
@@ -141,8 +144,8 @@ class LLM(LLMEngine):
             self._dropped.add(request.seq.seq_id)
             self._tidy_up()
 
-    def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
-             chat_template_kwargs: dict | None = None) -> list[dict]:
+    def chat(self, messages: list[Any], sampling_params: _Params = None, use_tqdm: bool = True,
+             chat_template_kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Answer conversations, put into the model's own layout by its chat template.
 
         messages: one conversation, a list of {"role": ..., "content": ...}, or a list of such.
@@ -159,7 +162,7 @@ class LLM(LLMEngine):
                    for conversation in ([messages] if one else messages)]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _apply_chat_template(self, messages: list[dict], kwargs: dict) -> list[int]:
+    def _apply_chat_template(self, messages: list[Any], kwargs: dict[str, Any]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins or goes on."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("messages: the checkpoint has no chat template (or no tokenizer); "
@@ -167,13 +170,13 @@ class LLM(LLMEngine):
         messages, settings = with_plain_content(messages), chat_settings(kwargs)
         try:
             with no_endless_template():
-                return self.tokenizer.apply_chat_template(messages, **settings)
+                return list(self.tokenizer.apply_chat_template(messages, **settings))
         except Exception as error:  # whatever the template's author had it raise
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
-    def default_sampling_params(self, **changes) -> SamplingParams:
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, with these `changes`."""
-        found, ignored = recommended_params(self.config.model)
+        found, ignored = recommended_params(str(self.config.model))
         if ignored:
             logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
         return SamplingParams(**{**found, **changes})
@@ -182,6 +185,6 @@ class LLM(LLMEngine):
         """The same, by vLLM's name."""
         return self.default_sampling_params()
 
-    def get_tokenizer(self):
+    def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None."""
         return self.tokenizer

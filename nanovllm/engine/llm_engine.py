@@ -6,6 +6,7 @@ __all__ = ["LLMEngine"]
 
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from ..config import Config, max_positions
 from ..layers.sampler import Sampler
@@ -30,7 +31,7 @@ class LLMEngine(Books):
     one that does not exist, ValueError for a value or a checkpoint with which it cannot work.
     """
 
-    def __init__(self, model: str | Path | None = None, **settings):
+    def __init__(self, model: str | Path | None = None, **settings: Any):
         super().__init__()
         check_names(settings)
         self.config = Config(model, **settings)
