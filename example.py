@@ -61,8 +61,8 @@ def parse_args():
     engine = parser.add_argument_group("engine (see nanovllm.Config)").add_argument
     engine("--device", default="auto", help='"auto", "cpu" or "cuda"')
     engine("--dtype", default="auto", help='"auto", "float32", "bfloat16" or "float16"')
-    engine("--threads", type=int, metavar="N", help="CPU threads (default: 1 for the demo model, "
-           "which is so small that a second only costs; else PyTorch's choice)")
+    engine("--threads", type=int, metavar="N", help="CPU threads (default: OMP_NUM_THREADS, or 1 "
+           "for the demo model, which is so small that a second only costs; else the idle cores)")
     engine("--max-model-len", type=int, help="prompt and answer together, in tokens (default: what "
            "the model is made for)")
     engine("--max-num-seqs", type=int, default=512, help="sequences that run at once, at most")
@@ -127,13 +127,19 @@ def own_length(folder):
     return min(length, getattr(config, "sliding_window", None) or length)
 
 
+def idle_threads():
+    """As many CPU threads as PyTorch would take, but no more than cores that others leave idle."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0   # Windows has none
+    return max(1, min(torch.get_num_threads(), round((os.cpu_count() or 1) - load)))
+
+
 def main():
     """Make an engine, ask, print."""
     args = parse_args()
     is_demo = args.model is None
     system = SYSTEM_PROMPT if is_demo and args.system is None else args.system
-    if args.threads or (is_demo and "OMP_NUM_THREADS" not in os.environ):
-        torch.set_num_threads(args.threads or 1)
+    if args.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(args.threads or (1 if is_demo else idle_threads()))
     users = QUESTIONS
     if args.prompt:
         users = {f"User {number}": text for number, text in enumerate(args.prompt, 1)}

@@ -93,7 +93,8 @@ def check(args) -> None:
     if args.model and args.shape:
         raise ValueError("give --model or --shape, not both")
     if args.model and not (Path(args.model) / "config.json").is_file():
-        raise ValueError(f"--model: {args.model} holds no config.json")
+        raise ValueError(f"--model: {args.model} holds no config.json; a GGUF file is given by "
+                         "--gguf, and only llama-cpp reads it")
     if args.gguf:
         check_gguf(args)
     if args.plot and not importlib.util.find_spec("matplotlib"):

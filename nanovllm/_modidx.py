@@ -20,6 +20,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'nanovllm.config._lowered': ('foundations.html#_lowered', 'nanovllm/config.py'),
                                  'nanovllm.config._sliding_window': ('foundations.html#_sliding_window', 'nanovllm/config.py'),
                                  'nanovllm.config._what_it_is_instead': ('foundations.html#_what_it_is_instead', 'nanovllm/config.py'),
+                                 'nanovllm.config.hint_at_load': ('foundations.html#hint_at_load', 'nanovllm/config.py'),
                                  'nanovllm.config.max_positions': ('foundations.html#max_positions', 'nanovllm/config.py'),
                                  'nanovllm.config.read_hf_config': ('foundations.html#read_hf_config', 'nanovllm/config.py'),
                                  'nanovllm.config.resolve_model': ('foundations.html#resolve_model', 'nanovllm/config.py')},

@@ -5,7 +5,8 @@
 __all__ = ["logger", "LLM"]
 
 import logging
-from collections.abc import Iterator
+from collections import abc
+from typing import Any
 
 from .engine.admission import choices, params_for_each, together
 from .engine.chat import chat_settings, hint_at_chat, no_endless_template, with_plain_content
@@ -16,6 +17,7 @@ from .engine.text import recommended_params
 from .sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
+_Params = SamplingParams | abc.Sequence[SamplingParams] | None  # for all prompts, or for each
 
 
 class LLM(LLMEngine):
@@ -25,7 +27,8 @@ class LLM(LLMEngine):
     """
     _hinted = False                    # that this model is made for chats
 
-    def generate(self, prompts, sampling_params=None, use_tqdm: bool = True) -> list[dict]:
+    def generate(self, prompts: str | abc.Sequence[str | list[int]],
+                 sampling_params: _Params = None, use_tqdm: bool = True) -> list[dict[str, Any]]:
         """Complete all prompts; their outputs in the order of the prompts.
 
         prompts: a string, or a list of strings and lists of token ids. sampling_params: None, one
@@ -71,8 +74,8 @@ class LLM(LLMEngine):
                     unfinished.pop()
                 progress.show()
 
-    def stream(self, prompt: str | list, sampling_params: SamplingParams | None = None,
-               chat_template_kwargs: dict | None = None) -> Iterator[str]:
+    def stream(self, prompt: str | list[Any], sampling_params: SamplingParams | None = None,
+               chat_template_kwargs: dict[str, Any] | None = None) -> abc.Iterator[str]:
         """The completion of one prompt, piece by piece; the pieces add up to its text.
 
         prompt: text, token ids, or messages as `chat` takes them. Other requests move
@@ -87,7 +90,7 @@ class LLM(LLMEngine):
         self._hinted = self._hinted or hint_at_chat([prompt], self.tokenizer)
         return self._stream(request)
 
-    def _stream(self, request: Request) -> Iterator[str]:
+    def _stream(self, request: Request) -> abc.Iterator[str]:
         """Step until the request is over; yields what became certain."""
         shown = 0
         try:
@@ -109,8 +112,8 @@ class LLM(LLMEngine):
             self._dropped.add(request.seq.seq_id)
             self._tidy_up()
 
-    def chat(self, messages: list, sampling_params=None, use_tqdm: bool = True,
-             chat_template_kwargs: dict | None = None) -> list[dict]:
+    def chat(self, messages: list[Any], sampling_params: _Params = None, use_tqdm: bool = True,
+             chat_template_kwargs: dict[str, Any] | None = None) -> list[dict[str, Any]]:
         """Answer conversations, put into the model's own layout by its chat template.
 
         messages: one conversation, a list of {"role": ..., "content": ...}, or a list of such.
@@ -127,7 +130,7 @@ class LLM(LLMEngine):
                    for conversation in ([messages] if one else messages)]
         return self.generate(prompts, sampling_params, use_tqdm)
 
-    def _apply_chat_template(self, messages: list[dict], kwargs: dict) -> list[int]:
+    def _apply_chat_template(self, messages: list[Any], kwargs: dict[str, Any]) -> list[int]:
         """Token ids of a conversation, up to where the answer begins or goes on."""
         if getattr(self.tokenizer, "chat_template", None) is None:
             raise ValueError("messages: the checkpoint has no chat template (or no tokenizer); "
@@ -135,13 +138,13 @@ class LLM(LLMEngine):
         messages, settings = with_plain_content(messages), chat_settings(kwargs)
         try:
             with no_endless_template():
-                return self.tokenizer.apply_chat_template(messages, **settings)
+                return list(self.tokenizer.apply_chat_template(messages, **settings))
         except Exception as error:  # whatever the template's author had it raise
             raise ValueError(f"messages: the chat template refuses them: {error}") from error
 
-    def default_sampling_params(self, **changes) -> SamplingParams:
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """What the checkpoint's generation_config.json recommends, with these `changes`."""
-        found, ignored = recommended_params(self.config.model)
+        found, ignored = recommended_params(str(self.config.model))
         if ignored:
             logger.warning("generation_config.json: %s cannot be obeyed", ", ".join(ignored))
         return SamplingParams(**{**found, **changes})
@@ -150,6 +153,6 @@ class LLM(LLMEngine):
         """The same, by vLLM's name."""
         return self.default_sampling_params()
 
-    def get_tokenizer(self):
+    def get_tokenizer(self) -> Any:
         """The checkpoint's tokenizer, or None."""
         return self.tokenizer

@@ -5,22 +5,23 @@
 __all__ = ["SamplingParams"]
 
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from .utils.values import is_number, is_whole, plain, refuse_unknown, shown
 
 
-def _is_k(value) -> bool:
+def _is_k(value: Any) -> bool:
     """None, or a whole number that is not negative."""
     return value is None or is_whole(value) and value >= 0
 
 
-def _is_bias(value) -> bool:
+def _is_bias(value: Any) -> bool:
     """None, or a number in [-100, 100] for each of some token ids."""
     return value is None or isinstance(value, dict) and all(
         is_whole(i) and i >= 0 and is_number(b) and abs(b) <= 100 for i, b in value.items())
 
 
-def _kept(name: str, value):
+def _kept(name: str, value: Any) -> Any:
     """A value as the object keeps it: one string is a tuple of one; lists are tuples."""
     if name in ("stop", "stop_token_ids", "logits_processors"):
         value = () if value is None else value
@@ -34,7 +35,7 @@ def _kept(name: str, value):
     return 0 if name == "top_k" and is_whole(value) and value == -1 else value
 
 
-def _check_lengths(params) -> None:
+def _check_lengths(params: "SamplingParams") -> None:
     """ValueError if min_tokens is beyond max_tokens."""
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise ValueError(f"min_tokens must be at most max_tokens={params.max_tokens}, "
@@ -42,7 +43,7 @@ def _check_lengths(params) -> None:
 
 
 # parameter -> (whether a value can be meant, what it must be)
-_RULES_OF_PARAMS = {
+_RULES_OF_PARAMS: dict[str, tuple[Any, str]] = {
     "temperature": (lambda t: is_number(t) and 0 <= t < 1e30,  # what fp32 can divide by
                     "be 0 (greedy) or a positive number below 1e30"),
     "top_k": (lambda k: is_whole(k) and 0 <= k < 2**31,
@@ -79,11 +80,11 @@ class SamplingParams:
     top_p: float = 1.0                # draw among the fewest that hold this much probability
     max_tokens: int | None = 64       # completion tokens at most; None: to the model's limit
     ignore_eos: bool = False          # go on past the end of sequence (benchmarks)
-    stop: str | tuple[str, ...] = ()  # texts that end the completion; not part of it
+    stop: str | list[str] | tuple[str, ...] = ()  # texts that end the completion; not part of it
     seed: int | None = None           # a stream of its own: the same tokens whatever else runs
     logprobs: int | None = None       # of each token: its log-probability, and the k likeliest's
     prompt_logprobs: int | None = None  # the same for the tokens of the prompt
-    stop_token_ids: tuple[int, ...] = ()  # tokens that end it too; the last of its token ids
+    stop_token_ids: list[int] | tuple[int, ...] = ()  # tokens that end it too, as its last token
     skip_special_tokens: bool = True  # False: they are part of the text
     n: int = 1                        # completions of each prompt, from `generate` and `chat`
     # These change the logits of a row before it samples (day 7):
@@ -93,13 +94,13 @@ class SamplingParams:
     frequency_penalty: float = 0.0    # the same, times how often it holds them
     repetition_penalty: float = 1.0   # divides positive logits of tokens so far, prompt included
     logit_bias: dict[int, float] | None = field(default=None, hash=False)  # token id -> added
-    logits_processors: tuple = ()     # functions of (completion's token ids, logits [V]) -> logits
+    logits_processors: list[Any] | tuple[Any, ...] = ()  # (completion's ids, logits [V]) -> logits
 
-    def __new__(cls, *args, **given):
+    def __new__(cls, *args: Any, **given: Any) -> "SamplingParams":
         refuse_unknown(given, [f.name for f in fields(cls)], "a sampling parameter")
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, (is_valid, meaning) in _RULES_OF_PARAMS.items():
             value = _kept(name, getattr(self, name))
             object.__setattr__(self, name, value)  # frozen: this is how it may set its own fields

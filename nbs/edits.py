@@ -10,6 +10,8 @@ begins with `#| export layers.layernorm` is compared with the module of that nam
 Run the unchanged cell again to have the old version back; restarting the kernel does it too. The
 files do not change (`python tools/export.py` writes them). A method that you delete stays until the
 kernel restarts, and the other processes of an engine on several ranks import the files.
+
+Every notebook imports this before anything of the package, so it also sees whether that is ours.
 """
 
 import ast
@@ -19,11 +21,27 @@ import linecache
 import re
 import sys
 from enum import EnumMeta
+from pathlib import Path
 from types import FunctionType, ModuleType
 
 PACKAGE = "nanovllm"
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _now: dict[str, dict[str, str]] = {}         # module → {what it defines: its text as it runs now}
+
+
+def check_package() -> None:
+    """ImportError if there is no package, or another project's: nano-vllm has the same name."""
+    spec = importlib.util.find_spec(PACKAGE)
+    remedy = "`pip install -e .` at the top of this repository, then restart the kernel"
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{PACKAGE} is not installed for this kernel: {remedy}")
+    if "nbs/01_foundations.ipynb" not in Path(spec.origin).read_text(encoding="utf-8"):
+        raise ImportError(f"{spec.origin} is not this course's {PACKAGE}: the project nano-vllm "
+                          "has the same import name. Give each an environment of its own, or here: "
+                          f"`pip uninstall nano-vllm`, {remedy}")
+
+
+check_package()
 
 
 def names_of(node: ast.stmt) -> list[str]:

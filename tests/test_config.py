@@ -1,8 +1,10 @@
 """What cannot work is refused: the error names the argument and a remedy."""
 
 import json
+import os
 
 import pytest
+import torch
 from fixtures import make_checkpoint, make_hf_model
 
 from nanovllm import LLM
@@ -109,3 +111,23 @@ def test_the_default_is_no_wish(good, caplog):
     with LLM(good[0], **SMALL) as llm:
         with pytest.raises(ValueError, match="max_model_len=40: shorten it or raise max_model_len"):
             llm.generate([[1] * 40], use_tqdm=False)
+
+
+# load of the machine (None: there is no such figure), this process' threads, whether that is told
+@pytest.mark.parametrize("load, threads, is_told", [
+    (10.0, 4, True), (8.0, 4, False), (0.0, 8, False), (10.0, 1, False), (None, 4, False)])
+def test_a_busy_machine_is_told_of_once_and_nothing_is_changed(good, monkeypatch, caplog, load,
+                                                              threads, is_told):
+    def getloadavg():
+        if load is None:
+            raise OSError("unobtainable")
+        return load, 0.0, 0.0
+
+    monkeypatch.setattr(os, "getloadavg", getloadavg, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: pytest.fail("the user's own"))
+    with LLM(good[0], device="cpu", kernels="plain", **SMALL) as llm:
+        llm.generate([[1, 2]], use_tqdm=False)
+    assert caplog.text.count("set_num_threads(1)") == is_told
+    assert not is_told or "is 10 on 8 cores" in caplog.text

@@ -1,10 +1,13 @@
 """example.py, the main job, as a user starts it."""
 
 import json
+import os
 import re
 import shutil
+import sys
 
 import pytest
+import torch
 
 import example
 from tests.processes import ROOT, run_python
@@ -73,3 +76,24 @@ def test_help_names_the_options():
     for option in ("--model", "--prompt", "--stream", "--temperature", "--top-k", "--top-p",
                    "--seed"):
         assert option in text
+
+
+@pytest.mark.parametrize("args, env, load, threads", [
+    ([], {}, 0.0, 1),                                          # the demo model
+    (["--model", "m"], {}, 0.0, 4), (["--model", "m"], {}, 3.2, 4), (["--model", "m"], {}, 6.2, 2),
+    (["--model", "m"], {}, 99.0, 1), (["--model", "m", "--threads", "3"], {}, 99.0, 3),
+    (["--model", "m"], {"OMP_NUM_THREADS": "4"}, 99.0, None),  # the user has chosen
+])
+def test_threads_are_the_idle_cores(monkeypatch, args, env, load, threads):
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(sys, "argv", ["example.py", *args, "--top-p", "3"])   # no model is loaded
+    with pytest.raises(SystemExit, match="top_p"):
+        example.main()
+    assert chosen == ([] if threads is None else [threads])

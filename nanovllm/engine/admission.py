@@ -74,6 +74,6 @@ def choices(params) -> list:
     return [replace(params, n=1, seed=seed) for seed in seeds]
 
 
-def together(outputs: list[dict]) -> dict:
+def together(outputs: list) -> dict:
     """What a prompt gets: its output; of several the first, and all of them as "outputs"."""
     return outputs[0] if len(outputs) == 1 else {**outputs[0], "outputs": outputs}

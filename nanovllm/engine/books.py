@@ -6,11 +6,14 @@ __all__ = ["Books"]
 
 import threading
 from contextlib import contextmanager
+from typing import TypeVar
 
 from .interrupts import interrupt_afterwards
 from .invariants import find_faults
 from .outputs import Request, StepOutput
 from .sequence import SequenceStatus
+
+_Own = TypeVar("_Own")  # an engine's own class, which `with` gives back
 
 
 class Books:
@@ -28,10 +31,10 @@ class Books:
         self._in_turn = self._is_closed = self._must_close = False
         self._is_sound = True                      # the last turn came to its end
 
-    def __enter__(self):
+    def __enter__(self: _Own) -> _Own:
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def _check_open(self) -> None:

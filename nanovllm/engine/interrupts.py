@@ -19,7 +19,7 @@ class interrupt_afterwards:
     about handlers in Python: no others run between two lines of it.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.is_entered = self.waits = False
         self.has_raised = False               # a handler has, within the block
         self.late: list[tuple] = []           # what handlers are to be called with afterwards
@@ -39,7 +39,7 @@ class interrupt_afterwards:
         while self.late:
             self._arrive(*self.late.pop(0))
 
-    def __enter__(self):
+    def __enter__(self) -> "interrupt_afterwards":
         if threading.current_thread() is threading.main_thread():  # which alone runs handlers
             try:
                 for number in _NUMBERS:

@@ -6,8 +6,9 @@ __all__ = ["LLMEngine"]
 
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
-from ..config import Config, max_positions
+from ..config import Config, hint_at_load, max_positions
 from ..layers.sampler import Sampler
 from ..models.registry import get_model_class
 from ..sampling_params import SamplingParams
@@ -17,7 +18,7 @@ from .block_manager import BlockManager
 from .books import Books
 from .culprits import find_culprits
 from .interrupts import interrupt_afterwards
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, resolve_device
 from .outputs import EngineStats, Request, StepOutput, score
 from .scheduler import ScheduledRow, Scheduler
 from .text import Detokenizer, encode_prompt, find_eos_token_ids, load_tokenizer
@@ -30,7 +31,7 @@ class LLMEngine(Books):
     one that does not exist, ValueError for a value or a checkpoint with which it cannot work.
     """
 
-    def __init__(self, model: str | Path | None = None, **settings):
+    def __init__(self, model: str | Path | None = None, **settings: Any):
         super().__init__()
         check_names(settings)
         self.config = Config(model, **settings)
@@ -55,6 +56,7 @@ class LLMEngine(Books):
         get_model_class(self.config.hf_config)     # what is not supported is refused first
         if self.config.look_ahead and find_room("gpu") is None:
             raise ValueError("look_ahead=True needs nanovllm/gpu, which is not there; leave it out")
+        hint_at_load(resolve_device(self.config.device))
         if self.config.tensor_parallel_size == 1:
             return ModelRunner(self.config)
         from .ranks import Leader

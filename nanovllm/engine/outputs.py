@@ -7,6 +7,7 @@ __all__ = ["logger", "EngineStats", "StepOutput", "Request", "score"]
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ class StepOutput:
     request_id: int
     text: str                   # newly certain characters; "" while half a character is held back
     token_ids: list[int]        # new tokens: none or one
-    output: dict | None = None  # the whole result, once the request is finished
+    output: dict[str, Any] | None = None  # the whole result, once the request is finished
     logprobs: dict[int, float] | None = None  # of the new token, where the request asked
 
 
@@ -71,13 +72,13 @@ class Request:
     seq: Sequence
     detokenizer: Detokenizer
     is_private: bool
-    output: dict | None = None
+    output: dict[str, Any] | None = None
     error: str | None = None                          # what ended it with finish_reason "error"
-    told: tuple = (0, 0, None)                        # tokens, characters, output that step() gave
-    logprobs: list[dict] | None = None                # per completion token, where asked for
-    prompt_logprobs: list[dict | None] | None = None  # per prompt token; the first has none
+    told: tuple[Any, ...] = (0, 0, None)              # tokens, characters, output that step() gave
+    logprobs: list[dict[int, float]] | None = None    # per completion token, where asked for
+    prompt_logprobs: list[Any] | None = None          # per prompt token; the first has None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         params = self.seq.sampling_params
         if params.logprobs is not None:
             self.logprobs = []
@@ -89,7 +90,7 @@ class Request:
         """Whether it asks for log-probabilities."""
         return self.logprobs is not None or self.prompt_logprobs is not None
 
-    def _try(self, decode: Callable[[], None]) -> None:
+    def _try(self, decode: Callable[[], object]) -> None:
         """Call a method of the detokenizer; its error ends this request, and no other."""
         if self.error is None:
             try:
@@ -127,7 +128,7 @@ class Request:
         self.told = now
         return found
 
-    def conclude(self) -> dict:
+    def conclude(self) -> dict[str, Any]:
         """The output of a request whose sequence is finished."""
         seq = self.seq
         self._try(self.detokenizer.finish)
@@ -188,6 +189,6 @@ def _prompt_tokens(rows: list[tuple[ScheduledRow, Request]]) -> list[tuple[Reque
     return found
 
 
-def _pieces(items: list, size: int = 64) -> Iterator[list]:
+def _pieces(items: list[Any], size: int = 64) -> Iterator[list[Any]]:
     """A long list in short ones: so many rows of logits in fp32 at once."""
     return (items[i:i + size] for i in range(0, len(items), size))

@@ -345,6 +345,30 @@ def test_limits_of_a_gguf_file(tmp_path):
     assert want["weight_bytes"] / 8 < got["weight_bytes"] < want["weight_bytes"] / 6
 
 
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_K", "Q6_K", "Q8_0", "IQ4_XS", "MXFP4"])
+def test_limits_of_a_gguf_file_of_any_quantisation(tmp_path, kind):
+    import gguf
+
+    from bench.to_gguf import gguf_limits
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    writer = gguf.GGUFWriter(tmp_path / "few.gguf", "llama")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(256)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    for name, rows in (("token_embd.weight", 512), ("blk.0.ffn_up.weight", 256)):
+        writer.add_tensor(name, np.zeros((rows, 256 // block * size), np.uint8),
+                          raw_dtype=gguf.GGMLQuantizationType[kind])
+    writer.add_tensor("output_norm.weight", np.ones(256, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert gguf_limits(str(tmp_path / "few.gguf")) == {
+        "dtype": kind.lower(), "vocab": 512, "max_model_len": 2048, "kv_bytes_per_token": 1024,
+        "weight_bytes": 768 * 256 // block * size + 1024}
+
+
 @pytest.mark.slow
 def test_a_gguf_file_of_ones_own_is_taken_as_it_is(tmp_path):
     file, demo = quantised(tmp_path / "few.gguf"), str(ROOT / "nanovllm" / "demo_model")
@@ -448,6 +472,8 @@ def test_gguf_with_random_weights_needs_no_weights_and_other_models_are_refused(
     (["--requests", "1"], "--requests must be at least 2"),
     (["--requests", "8", "1"], "--requests must be at least 2"),
     (["--gguf", "README.md"], "README.md is no GGUF file"),
+    (["--model", "GGUF"], "a GGUF file is given by --gguf, and only llama-cpp reads it"),
+    (["--gguf", "GGUF", "--engines", "nanovllm", "llama-cpp"], "the file, not nanovllm; give"),
     (["--gguf", "GGUF", "--engines", "hf", "llama-cpp"], "only llama-cpp reads the file, not hf"),
     (["--gguf", "GGUF", "--shape", "qwen3-4b"], "--gguf goes neither with --shape"),
     (["--gguf", "GGUF"], "--llama-python"),

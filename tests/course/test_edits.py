@@ -53,6 +53,38 @@ def test_each_notebook_counts_edits_before_its_first_export(notebook):
     assert any("edits.count()" in cell for cell in cells[:first])
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_notebook_looks_first_whose_package_it_is(notebook):
+    """`edits` is imported before the package, and before what may import it."""
+    imports = [node for cell in code_cells(notebook) if not cell.startswith("%")
+               for node in ast.walk(ast.parse(cell))
+               if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = [alias.name if isinstance(node, ast.Import) else node.module
+             for node in imports for alias in node.names]
+    tops = [name.partition(".")[0] for name in names]
+    ours = [top for top in tops if any((folder / end).exists() for folder in (ROOT, ROOT / "nbs")
+                                       for end in (top, f"{top}.py"))]
+    assert ours[0] == "edits"
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("file, text, said", [
+    ("__init__.py", "from nanovllm.llm import LLM\n", ["nano-vllm has the same import name",
+                                                       "pip uninstall nano-vllm"]),
+    ("llm.py", "", ["nanovllm is not installed for this kernel"]),      # a folder of that name
+])
+def test_another_nanovllm_is_noticed_and_there_is_a_remedy(tmp_path, file, text, said):
+    (tmp_path / "nanovllm").mkdir()
+    (tmp_path / "nanovllm" / file).write_text(text)
+    code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT / 'nbs')!r}]; import edits"
+    done = subprocess.run([sys.executable, "-S", "-E", "-c", code], cwd=tmp_path, text=True,
+                          capture_output=True)
+    assert done.returncode == 1
+    for words in [*said, "pip install -e .", "restart the kernel"]:
+        assert words in done.stderr
+    assert file != "__init__.py" or str(tmp_path) in done.stderr
+
+
 def test_what_was_not_changed_is_not_touched():
     import edits
     for notebook in NOTEBOOKS:
