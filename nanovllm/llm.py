@@ -38,12 +38,6 @@ class LLM(LLMEngine):
         """
         self._check_open()
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        if not isinstance(prompts, (list, tuple)):
-            raise TypeError("prompts must be a string or a list of prompts, "
-                            f"got {type(prompts).__name__}")
-        if any(isinstance(prompt, int) for prompt in prompts):
-            raise TypeError("prompts holds a bare token id; a prompt is a list of them, so one "
-                            "prompt is [[1, 2, 3]]")
         groups = [[self._make_request(prompt, one, is_private=True) for one in choices(params)]
                   for prompt, params in zip(prompts, params_for_each(prompts, sampling_params))]
         requests = [request for group in groups for request in group]

@@ -53,8 +53,14 @@ def admit(token_ids: list[int], params: SamplingParams, config: Config,
     return seq
 
 
-def params_for_each(prompts: list, sampling_params) -> list:
-    """One SamplingParams (or None) per prompt. TypeError, ValueError for what fits no prompts."""
+def params_for_each(prompts, sampling_params) -> list:
+    """One SamplingParams (or None) per prompt. TypeError, ValueError for what cannot be meant."""
+    if not isinstance(prompts, (list, tuple)):
+        raise TypeError("prompts must be a string or a list of prompts, "
+                        f"got {type(prompts).__name__}")
+    if any(isinstance(prompt, int) for prompt in prompts):
+        raise TypeError("prompts holds a bare token id; a prompt is a list of them, so one "
+                        "prompt is [[1, 2, 3]]")
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params] * len(prompts)
     if not isinstance(sampling_params, (list, tuple)):
