@@ -17,7 +17,7 @@ from ..utils.values import shown
 TEMPLATE_SECONDS = 10.0  # a template that takes longer loops
 
 
-def hint_at_chat(prompts: list | tuple, tokenizer) -> bool:
+def hint_at_chat(prompts, tokenizer) -> bool:
     """Whether a model with a chat template is asked in bare text; if so, a warning.
 
     Token ids are taken as they are, and so is text that begins with a marker of the model's own.

@@ -94,8 +94,9 @@ def after_processors(sampler: Callable, seqs: list) -> Callable:
         for processor in seq.logits_processors:
             new = processor(seq.completion_token_ids, row)
             if not isinstance(new, torch.Tensor) or new.shape != row.shape:
+                got = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
                 raise TypeError(f"logits_processors: {processor} must return logits of shape "
-                                f"{tuple(row.shape)}, and returned {type(new).__name__}")
+                                f"{tuple(row.shape)}, and returned {got}")
             row = new.to(row)
         return row
 
