@@ -87,13 +87,13 @@ def load_kernels(dtype: torch.dtype, head_dim: int) -> SimpleNamespace | None:
     functions, structs = read_declarations(text)
     if functions and not any(hasattr(library, name) for name in functions):
         logger.warning("the CPU kernels cannot be used, and the engine is slower: the compiler "
-                       "wrote a library without any")
+                       "wrote a library without %s", ", ".join(functions))
         return None
     kernels = SimpleNamespace(dtype=dtype, head_dim=head_dim, **structs)
     for name, parameters in functions.items():
         function = None
         if hasattr(library, name):
-            names = tuple((1, parameter) for parameter in parameters)
+            names = tuple((1, parameter) for parameter in parameters)  # 1: it is given
             function = ctypes.CFUNCTYPE(None, *parameters.values())((name, library), names)
         setattr(kernels, name, function)
     return kernels

@@ -15,7 +15,7 @@ from ..layers.rotary_embedding import RotaryEmbedding
 
 
 class CRMSNorm(nn.Module):
-    """RMSNorm in one pass over its input."""
+    """RMSNorm in one call."""
 
     def __init__(self, norm: RMSNorm, kernels: SimpleNamespace):
         super().__init__()
@@ -33,7 +33,7 @@ class CRMSNorm(nn.Module):
 
 
 class CSiluAndMul(nn.Module):
-    """SiluAndMul in one pass."""
+    """SiluAndMul in one call."""
 
     def __init__(self, _: SiluAndMul, kernels: SimpleNamespace):
         super().__init__()
@@ -48,7 +48,7 @@ class CSiluAndMul(nn.Module):
 
 
 class CRotaryEmbedding(nn.Module):
-    """RotaryEmbedding in one pass over q and k."""
+    """RotaryEmbedding in one call for q and k."""
 
     def __init__(self, rotary: RotaryEmbedding, kernels: SimpleNamespace):
         super().__init__()

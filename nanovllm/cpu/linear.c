@@ -24,7 +24,7 @@ static inline __attribute__((always_inline)) void tile_of(
         const int rows, float *out, int64_t n, const T *x, const T *w, const float *start,
         int64_t k, const char *ahead, int64_t pace) {
     __m512 low[12], high[12];  // rows is a constant wherever this is put in: they are registers
-    const T *half = x + 6 * k;  // twelve addresses from two registers, or there are too few
+    const T *half = x + 6 * k;  // twelve addresses from two: there are only 16 registers for them
     for (int r = 0; r < rows; r++)
         low[r] = _mm512_loadu_ps(start), high[r] = _mm512_loadu_ps(start + 16);
     for (int64_t i = 0; i < k; i += STEP) {
@@ -43,7 +43,7 @@ static inline __attribute__((always_inline)) void tile_of(
 
 // out [rows, 32] of rows of n floats = start [32] + x [rows, k] times w [k/STEP, 32, STEP];
 // rows <= 12. With every STEP inputs it asks memory for 128 bytes at `ahead`, `pace` further on.
-static __attribute__((noinline, noclone)) void tile(  // there once: compiling it takes a while
+static __attribute__((noinline, noclone)) void tile(  // one copy for all: compiling takes a while
         int64_t rows, float *out, int64_t n, const T *x, const T *w, const float *start, int64_t k,
         const void *ahead, int64_t pace) {
     #define CASE(R) case R: tile_of(R, out, n, x, w, start, k, ahead, pace); break;
@@ -61,7 +61,7 @@ void linear(T *out, const T *x, const T *w, const T *bias, int64_t rows, int64_t
     for (int64_t j = 0; j < n; j += 32) {
         float start[32] = {0}, sums[12 * 32];
         if (bias) for (int i = 0; i < 32; i++) start[i] = load(bias[j + i]);
-        const T *ahead = w + j * k + 4096 / sizeof(T);  // what to ask memory for, long before
+        const T *ahead = w + j * k + 4096 / sizeof(T);  // asked for: what is due 4 KiB later
         if (passes > 1) ahead = w + (j + 32) * k;       // the next tile, a part in each pass
         for (int64_t r = 0; r < rows; r += most, ahead += k * 32 / passes) {
             int64_t count = rows - r < most ? rows - r : most;

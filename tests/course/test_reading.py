@@ -106,6 +106,31 @@ def test_pictures_can_be_read_out(path):
                 assert any(said), f"no alternative text: {source[:80]}"
 
 
+SKIPPED = re.compile(r"none here|nothing, so|checks? nothing|no tiles here|no kernel is run|"
+                     r"the engine is slower: (?!.*no-such-compiler)")
+
+
+def prints(node):
+    """Whether this code prints or shows something itself, not in a function that it defines."""
+    return isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("print", "show") or any(
+        prints(child) for child in ast.iter_child_nodes(node)
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda)))
+
+
+@of_each
+def test_nothing_was_skipped_where_the_outputs_come_from(path):
+    """A cell may leave out what a machine lacks; what is stored comes from one that lacks nothing.
+
+    Else a page stays green while its kernels are not compiled and none of its checks runs.
+    """
+    for source, _, outputs in cells_of(path, "code"):
+        for output in outputs:
+            text = "".join(output.get("text", output.get("data", {}).get("text/plain", [])))
+            assert not (found := SKIPPED.search(text)), f"{found[0]}: {source[:80]}"
+        if not source.startswith("%"):
+            assert outputs or not prints(ast.parse(source)), f"it shows nothing: {source[:80]}"
+
+
 @of_each
 def test_hidden_cells_define_nothing_that_is_used_where_one_reads(path):
     hidden, used = {}, {}

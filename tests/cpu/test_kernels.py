@@ -155,10 +155,13 @@ def test_only_shapes_in_tiles_are_taken():
 
 
 def paged(lengths, kv_heads, head_dim, block_size, dtype, size=1.0):
-    """Caches whose only numbers are those of these sequences, all else NaN; their block tables."""
+    """Caches with these sequences' numbers, all else 1,000; their block tables.
+
+    Not NaN: prefill computes a result that is not finite again, by itself, and would look right.
+    """
     counts = [-(-length // block_size) for length in lengths]
     order, width = torch.randperm(sum(counts) + 3).int(), max(counts) + 2
-    caches = torch.full((2, len(order), block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+    caches = torch.full((2, len(order), block_size, kv_heads, head_dim), 1000.0, dtype=dtype)
     tables, used = torch.zeros(len(lengths), width, dtype=torch.int32), 0
     for row, (length, count) in enumerate(zip(lengths, counts)):
         tables[row, :count] = order[used:used + count]

@@ -6,7 +6,7 @@ def exercise_a_1():
     """At most as fast as memory is read:
 
         gb_per_s = weight_bytes[torch.bfloat16] / 1e6 / floor[torch.bfloat16]
-        print(48 * 2**20 / 1e6 / gb_per_s, "ms for 48 MiB")
+        print(50.3 / gb_per_s, "ms for 50 MB")
         print(2 * 596e6 / 1e6 / gb_per_s, "ms a step")
 
     Eight requests at once read the weights once: eight times as many tokens.
