@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -77,7 +78,7 @@ class Gate:
         self.app, self.api_key, self.limits = app, api_key, limits
 
     def has_key(self, scope) -> bool:
-        """Whether a request may come in. The page holds no data, and a monitor has no key."""
+        """Whether a request may come in. The page and the health check hold no data."""
         if self.api_key is None or scope["path"] in ("/", "/health"):
             return True
         given = Headers(scope=scope).get("authorization", "")
@@ -146,8 +147,9 @@ class Service:
     """What the addresses do: a request's body in, an answer out."""
 
     def __init__(self, engine: AsyncEngine, model_name: str, limits: Limits):
-        self.engine, self.model_name, self.limits = engine, model_name, limits
-        config = engine.llm.config
+        self.engine, self.model_name, config = engine, model_name, engine.llm.config
+        most = config.max_num_seqs + engine.max_waiting    # more can never find a place
+        self.limits = replace(limits, choices=min(limits.choices, most))
         self.max_model_len, self.vocab_size = config.max_model_len, config.hf_config.vocab_size
         self.defaults = engine.llm.default_sampling_params()
         self.tokenizer = load_tokenizer(config.model)      # its own: the engine's is in use

@@ -35,16 +35,16 @@ class Stream:
 
     def __init__(self, count: int, wants_pieces: bool):
         self.num_unfinished, self.wants_pieces = count, wants_pieces
-        self.request_ids: list[int] = []             # of the engine's thread
+        self.request_ids: list[int] = []             # the engine's thread fills it
         self.arrived = perf_counter()
-        self.last_token: list[float | None] = [None] * count   # when it came, of each
+        self.last_token: list[float | None] = [None] * count   # this too: when
         self.timer: asyncio.TimerHandle | None = None
         self._outputs: list[tuple[int, StepOutput]] = []
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     def put(self, index: int, output: StepOutput) -> None:
-        """Hand over an output (in the event loop, as all but the engine's own fields)."""
+        """Hand over an output; called in the event loop."""
         self._outputs.append((index, output))
         self.num_unfinished -= output.output is not None
         self._news.set()
@@ -80,16 +80,16 @@ class AsyncEngine:
     def __init__(self, make: Callable[[], LLM], max_waiting: int = 256):
         self.make, self.max_waiting = make, max_waiting
         self.llm: LLM | None = None              # the thread's; others may read single values
-        self.metrics = Metrics()
-        self.streams: set[Stream] = set()        # those with unfinished requests
-        self.error: BaseException | None = None  # what ended the thread before its time
+        self.metrics = Metrics()                 # shared: each number has one writer
+        self.streams: set[Stream] = set()        # the loop's: those with unfinished requests
+        self.error: BaseException | None = None  # the thread's: what ended it before its time
         self.on_death: Callable[[], None] | None = None        # called in the event loop then
         self.after_step: Callable[[LLM], None] | None = None   # called in the thread
-        self.is_paused, self.steps_allowed = False, 0          # the thread's: see `call`
+        self.is_paused, self.steps_allowed = False, 0   # the thread's: the playground's pause
         self._owners: dict[int, tuple[Stream, int]] = {}       # the thread's: by request id
-        self._inbox: queue.SimpleQueue = queue.SimpleQueue()   # what the thread is to call
+        self._inbox: queue.SimpleQueue = queue.SimpleQueue()   # what the loop asks of the thread
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._is_open = False
+        self._is_open = False                    # the loop's
 
     async def call(self, function: Callable, *args) -> Any:
         """What `function(llm, *args)` returns or raises, run in the thread between two steps."""

@@ -22,7 +22,7 @@ from ..engine.text import encode_prompt
 from ..sampling_params import SamplingParams
 
 logger = logging.getLogger("nanovllm")
-# What goes to SamplingParams as it is.
+# What goes to SamplingParams under its own name.
 TAKEN = {
     "temperature", "top_k", "top_p", "stop", "seed", "ignore_eos", "min_p", "presence_penalty",
     "frequency_penalty", "repetition_penalty", "min_tokens", "stop_token_ids",

@@ -57,7 +57,7 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
 
 def serve(make: Callable[[], LLM], **options) -> int:
     """`run_server` in an event loop of its own; the exit code."""
-    sys.setswitchinterval(0.001)                 # seconds that one thread keeps another waiting
+    sys.setswitchinterval(0.001)                 # seconds until a thread that waits gets its turn
     try:
         return asyncio.run(run_server(make, **options))
     except KeyboardInterrupt:                    # raised again by uvicorn after its clean end

@@ -29,7 +29,7 @@ def module_of(stem):
 
 def name_in(source):
     """The function that a stub defines."""
-    return re.search(r"^def (\w+)", source, re.M)[1]
+    return re.search(r"^(?:async )?def (\w+)", source, re.M)[1]
 
 
 def is_for_here(module):
@@ -67,7 +67,8 @@ def test_a_stub_is_refused_and_its_answer_accepted(source, name):
     space, file = {"__name__": "learner"}, f"<{name}>"
     linecache.cache[file] = len(source), None, source.splitlines(True), file    # Triton reads it
     exec(compile(source, file, "exec"), space)
-    defined = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    defined = [node for node in ast.parse(source).body
+               if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     assert ast.get_docstring(defined[-1]), "a stub says in its docstring what is to be written"
     assert turns.verdict(space[name]) == "not written yet"
     grader = turns.grader_of(name)

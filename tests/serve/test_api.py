@@ -396,6 +396,8 @@ def test_too_many_requests_are_told_when_to_come_back():
             stream.close()
         until(lambda: server.engine.num_unfinished == 0)
         assert client.chat.completions.create(**ASK, max_tokens=1)
+        status, _, body = send(server.url, "/v1/chat/completions", {**ASK, "n": 3})
+        assert (status, body["error"]["param"]) == (400, "n")      # later there is no room either
 
 
 def test_limits_of_a_request():

@@ -172,7 +172,7 @@ def answers(folder: Path | None = None) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines()
         for node in ast.parse(text).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
                 found[node.name] = "\n".join(lines[first - 1:node.end_lineno])
     return found
