@@ -4,6 +4,7 @@
 
 __all__ = ["SMALL", "HUGE_PAGE", "PackedLinear", "can_pack", "empty_in_huge_pages", "TiledLinear"]
 
+import os
 from functools import cache
 from types import SimpleNamespace
 
@@ -11,6 +12,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+for _name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, PyTorch's
+    os.environ.setdefault(_name, "64")
 
 SMALL = 2**20  # bytes of a weight for which oneDNN's fixed cost per call can outweigh its gain
 HUGE_PAGE = 2**21  # bytes
