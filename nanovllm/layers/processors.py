@@ -67,11 +67,12 @@ def make_processors(params: SamplingParams, prompt: list[int], eos_token_ids: fr
         raise ValueError(f"logit_bias holds token id {wrong[0]}; the model has 0 to "
                          f"{vocab_size - 1}")
     ends = {*params.stop_token_ids} | (set() if params.ignore_eos else eos_token_ids)
-    made = list(params.logits_processors)
-    if params.logit_bias:
-        made.append(bias(params.logit_bias))
+    made = []
     if params.min_tokens:
         made.append(not_before(params.min_tokens, [i for i in ends if i < vocab_size]))
+    if params.logit_bias:
+        made.append(bias(params.logit_bias))
+    made += params.logits_processors
     if params.repetition_penalty != 1:
         made.append(repetition_penalty(params.repetition_penalty, prompt))
     if params.presence_penalty or params.frequency_penalty:
@@ -84,7 +85,8 @@ def make_processors(params: SamplingParams, prompt: list[int], eos_token_ids: fr
 def after_processors(sampler: Callable, seqs: list) -> Callable:
     """`sampler` for a step where some of the rows' sequences have processors: those run first.
 
-    The other rows are drawn apart, as ever. TypeError for a processor that returns no logits [V].
+    The other rows are drawn apart, as ever. TypeError for a processor that returns no logits [V],
+    ValueError if all tokens are forbidden.
     """
     asking = [i for i, seq in enumerate(seqs) if seq.logits_processors]
     others = [i for i, seq in enumerate(seqs) if not seq.logits_processors]
@@ -98,14 +100,18 @@ def after_processors(sampler: Callable, seqs: list) -> Callable:
                 raise TypeError(f"logits_processors: {processor} must return logits of shape "
                                 f"{tuple(row.shape)}, and returned {got}")
             row = new.to(row)
+        if not (row > -torch.inf).any():
+            raise ValueError("the processors of this request leave no token to draw from")
         return row
 
     def sample(logits: torch.Tensor, params: list, indices: list[int]) -> torch.Tensor:
+        def draw(rows: list[int], logits: torch.Tensor) -> None:
+            tokens[rows] = sampler(logits, [params[i] for i in rows], [indices[i] for i in rows])
+
         tokens = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
-        changed = torch.stack([processed(seqs[i], logits[i]) for i in asking])
-        for some, rows in ((others, logits[others] if others else None), (asking, changed)):
-            if some:
-                tokens[some] = sampler(rows, [params[i] for i in some], [indices[i] for i in some])
+        draw(asking, torch.stack([processed(seqs[i], logits[i]) for i in asking]))
+        if others:
+            draw(others, logits[others])
         return tokens
 
     return sample
@@ -126,7 +132,10 @@ def one_of(texts: list[str], tokenizer) -> Callable:
 
 
 def json_schema(schema: dict | str, tokenizer) -> Callable:
-    """A processor under which the text is JSON that fits the schema. It needs llguidance."""
+    """A processor under which the text is JSON that fits the schema, unless `max_tokens` cuts it off.
+
+    It needs llguidance. ValueError for a schema that it does not know.
+    """
     import llguidance.hf
     import numpy as np
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
@@ -137,10 +146,11 @@ def json_schema(schema: dict | str, tokenizer) -> Callable:
 
     def process(completion: list[int], row: torch.Tensor) -> torch.Tensor:
         matcher = start.deep_copy()
-        matcher.consume_tokens(completion)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        allowed = torch.zeros_like(row, dtype=torch.bool)
-        bits = torch.tensor(np.unpackbits(bits, bitorder="little")[:len(row)])
+        if not matcher.consume_tokens(completion):
+            raise ValueError(f"the completion does not fit the schema: {matcher.get_error()}")
+        packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)    # 8 tokens a byte
+        bits = torch.tensor(np.unpackbits(packed, bitorder="little")[:len(row)])
+        allowed = torch.zeros_like(row, dtype=torch.bool)    # a vocabulary may be padded: longer
         allowed[:len(bits)] = bits.to(allowed)
         return row.masked_fill(~allowed, -torch.inf)
     return process
