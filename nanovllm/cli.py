@@ -83,8 +83,6 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
                         help="longest time of an answer; default: %(default)s")
     parser.add_argument("--drain-timeout", type=int, default=30, metavar="SECONDS",
                         help="time for running answers after SIGTERM; default: %(default)s")
-
-
     parser.add_argument("--playground", action="store_true", help="for learning: a small pool, and "
                         "a page that pauses the engine, steps it and changes its limits")
 
@@ -161,7 +159,7 @@ def answer_aloud(llm: LLM, messages: list[dict], params: SamplingParams) -> str 
     """Print an answer while it is made, and return it; None if the messages are refused."""
     pieces = []
     try:
-        for piece in llm.stream(llm._apply_chat_template(messages, {}), params):
+        for piece in llm.stream(messages, params):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
