@@ -152,7 +152,7 @@ class Service:
         self.limits = replace(limits, choices=min(limits.choices, most))
         self.max_model_len, self.vocab_size = config.max_model_len, config.hf_config.vocab_size
         self.defaults = engine.llm.default_sampling_params()
-        self.tokenizer = load_tokenizer(config.model)      # its own: encoding may set it up anew
+        self.tokenizer = load_tokenizer(config.model)      # not that of the engine's thread
         self.encoder = ThreadPoolExecutor(1, "encode")     # one text at a time
         self.created = int(time.time())
 

@@ -37,7 +37,7 @@ class Stream:
         self.num_unfinished, self.wants_pieces = count, wants_pieces
         self.request_ids: list[int] = []             # the engine's thread fills it
         self.arrived = perf_counter()
-        self.last_token: list[float | None] = [None] * count   # this too: when
+        self.last_token: list[float | None] = [None] * count   # it fills this too: seconds
         self.timer: asyncio.TimerHandle | None = None
         self._outputs: list[tuple[int, StepOutput]] = []
         self._error: Exception | None = None

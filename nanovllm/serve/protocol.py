@@ -164,7 +164,7 @@ class CompletionRequest(GenerationRequest):
     logprobs_field: ClassVar = "logprobs"
 
     def prompts(self) -> list[str | list[int]]:
-        """Each of its prompts, as text or token ids."""
+        """Each of its prompts, as text or token ids. `[]` is one, without tokens: refused later."""
         several = not isinstance(self.prompt, str) and not all(
             isinstance(token, int) for token in self.prompt)
         return self.prompt if several else [self.prompt]
