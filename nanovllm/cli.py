@@ -69,8 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """The options of `serve` alone."""
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: %(default)s,"
-                        " this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
     parser.add_argument("--api-key", default=os.environ.get("NANOVLLM_API_KEY"),
                         help="what clients must send; better in the variable NANOVLLM_API_KEY, "

@@ -91,7 +91,6 @@ class Metrics:
         lines += ["# HELP nanovllm:requests_refused_total Requests answered 429.",
                   "# TYPE nanovllm:requests_refused_total counter",
                   f"nanovllm:requests_refused_total{{{labels}}} {self.refused}",
-                  "# HELP nanovllm:num_blocks Blocks in the pool.",
-                  "# TYPE nanovllm:num_blocks gauge",
+                  "# HELP nanovllm:num_blocks All blocks.", "# TYPE nanovllm:num_blocks gauge",
                   f"nanovllm:num_blocks{{{labels}}} {manager.num_blocks}"]
         return "\n".join(lines) + "\n"
