@@ -82,6 +82,21 @@ def make_processors(params: SamplingParams, prompt: list[int], eos_token_ids: fr
     return made
 
 
+def _changed(seq, row: torch.Tensor) -> torch.Tensor:
+    """What a sequence's processors make of its logits [V]. Errors: see after_processors."""
+    row = row.to(torch.float32, copy=True)
+    for processor in seq.logits_processors:
+        new = processor(seq.completion_token_ids, row)
+        if not isinstance(new, torch.Tensor) or new.shape != row.shape:
+            got = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
+            raise TypeError(f"logits_processors: {processor} must return logits of shape "
+                            f"{tuple(row.shape)}, and returned {got}")
+        row = new.to(row)
+    if not (row > -torch.inf).any():
+        raise ValueError("the processors of this request leave no token to draw from")
+    return row
+
+
 def after_processors(sampler: Callable, seqs: list) -> Callable:
     """`sampler` for a step where some of the rows' sequences have processors: those run first.
 
@@ -91,25 +106,12 @@ def after_processors(sampler: Callable, seqs: list) -> Callable:
     asking = [i for i, seq in enumerate(seqs) if seq.logits_processors]
     others = [i for i, seq in enumerate(seqs) if not seq.logits_processors]
 
-    def processed(seq, row: torch.Tensor) -> torch.Tensor:
-        row = row.to(torch.float32, copy=True)
-        for processor in seq.logits_processors:
-            new = processor(seq.completion_token_ids, row)
-            if not isinstance(new, torch.Tensor) or new.shape != row.shape:
-                got = tuple(new.shape) if isinstance(new, torch.Tensor) else type(new).__name__
-                raise TypeError(f"logits_processors: {processor} must return logits of shape "
-                                f"{tuple(row.shape)}, and returned {got}")
-            row = new.to(row)
-        if not (row > -torch.inf).any():
-            raise ValueError("the processors of this request leave no token to draw from")
-        return row
-
     def sample(logits: torch.Tensor, params: list, indices: list[int]) -> torch.Tensor:
         def draw(rows: list[int], logits: torch.Tensor) -> None:
             tokens[rows] = sampler(logits, [params[i] for i in rows], [indices[i] for i in rows])
 
         tokens = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
-        draw(asking, torch.stack([processed(seqs[i], logits[i]) for i in asking]))
+        draw(asking, torch.stack([_changed(seqs[i], logits[i]) for i in asking]))
         if others:
             draw(others, logits[others])
         return tokens
@@ -132,7 +134,7 @@ def one_of(texts: list[str], tokenizer) -> Callable:
 
 
 def json_schema(schema: dict | str, tokenizer) -> Callable:
-    """A processor under which the text is JSON that fits the schema, unless `max_tokens` cuts it off.
+    """A processor under which the text is JSON that fits the schema, if `max_tokens` lets it end.
 
     It needs llguidance. ValueError for a schema that it does not know.
     """
