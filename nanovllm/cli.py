@@ -69,8 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """The options of `serve` alone."""
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen; default: %(default)s,"
-                        " this machine alone")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
     parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
     parser.add_argument("--api-key", default=os.environ.get("NANOVLLM_API_KEY"),
                         help="what clients must send; better in the variable NANOVLLM_API_KEY, "
@@ -83,8 +82,6 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
                         help="longest time of an answer; default: %(default)s")
     parser.add_argument("--drain-timeout", type=int, default=30, metavar="SECONDS",
                         help="time for running answers after SIGTERM; default: %(default)s")
-
-
     parser.add_argument("--playground", action="store_true", help="for learning: a small pool, and "
                         "a page that pauses the engine, steps it and changes its limits")
 
@@ -161,7 +158,7 @@ def answer_aloud(llm: LLM, messages: list[dict], params: SamplingParams) -> str 
     """Print an answer while it is made, and return it; None if the messages are refused."""
     pieces = []
     try:
-        for piece in llm.stream(llm._apply_chat_template(messages, {}), params):
+        for piece in llm.stream(messages, params):
             pieces.append(piece)
             print(piece, end="", flush=True)
     except KeyboardInterrupt:

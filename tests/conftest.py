@@ -1,6 +1,7 @@
 """Where the tests find the package, the notebooks' fixtures and each other; no network is used."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,10 @@ sys.path.insert(0, str(ROOT / "nbs"))
 sys.path.append(str(ROOT))  # last: a copy of the package named by PYTHONPATH goes first
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny: more threads only cost
+# A shell without job control starts what runs in the background with Ctrl-C ignored, for its
+# children too; and tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -8,6 +8,7 @@ import threading
 from contextlib import contextmanager
 from typing import TypeVar
 
+from ..utils.context import reset_context
 from .interrupts import interrupt_afterwards
 from .invariants import find_faults
 from .outputs import Request, StepOutput
@@ -80,6 +81,7 @@ class Books:
         """Write the books anew: all requests stand where they stood."""
         open_ = [request.seq for request in self.requests.values() if request.output is None]
         self.scheduler.rollback(open_)
+        reset_context()                # of a step that an error has left in its last line
         self._num_scored = sum(request.is_scored for request in self.requests.values())
         for request in list(self.requests.values()):
             self._report(request)      # a token that was booked, and told to nobody

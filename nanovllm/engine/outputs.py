@@ -92,11 +92,10 @@ class Request:
 
     def _try(self, decode: Callable[[], object]) -> None:
         """Call a method of the detokenizer; its error ends this request, and no other."""
-        if self.error is None:
-            try:
-                decode()
-            except Exception as error:
-                self.error = f"{type(error).__name__}: {error}"
+        try:
+            decode()
+        except Exception as error:
+            self.error = self.error or f"{type(error).__name__}: {error}"
 
     def read(self) -> str | None:
         """Give tokens that are new to the detokenizer. Why the request must end, or None."""

@@ -152,8 +152,8 @@ class Service:
         self.limits = replace(limits, choices=min(limits.choices, most))
         self.max_model_len, self.vocab_size = config.max_model_len, config.hf_config.vocab_size
         self.defaults = engine.llm.default_sampling_params()
-        self.tokenizer = load_tokenizer(config.model)      # its own: the engine's is in use
-        self.encoder = ThreadPoolExecutor(1, "encode")     # long texts stop neither loop nor engine
+        self.tokenizer = load_tokenizer(config.model)      # not that of the engine's thread
+        self.encoder = ThreadPoolExecutor(1, "encode")     # one text at a time
         self.created = int(time.time())
 
     def check_model(self, name: str) -> None:
@@ -163,7 +163,7 @@ class Service:
                              "model", "model_not_found", 404)
 
     async def encode(self, function, *args) -> list[int]:
-        """Token ids by `function(tokenizer, *args)`, without holding anybody up."""
+        """Token ids by `function(tokenizer, *args)`; neither loop nor engine waits for it."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.encoder, function, self.tokenizer, *args)
 
@@ -172,8 +172,7 @@ class Service:
         prompts = body.prompts()
         self.check_model(body.model)
         body.check(self.limits, len(prompts))
-        if not prompts:
-            raise BadRequest("prompt is an empty list", "prompt")
+        self.engine.check_room(body.n * len(prompts))
         ids = [await self.encode(text_prompt, prompt, self.vocab_size) for prompt in prompts]
         return await self.answer(body, ids, CompletionFormat, "prompt", request)
 
@@ -181,6 +180,7 @@ class Service:
         """POST /v1/chat/completions."""
         self.check_model(body.model)
         body.check(self.limits)
+        self.engine.check_room(body.n)
         ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs,
                                 body.add_generation_prompt, body.continue_final_message)
         return await self.answer(body, [ids], ChatFormat, "messages", request)

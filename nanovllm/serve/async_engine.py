@@ -37,7 +37,7 @@ class Stream:
         self.num_unfinished, self.wants_pieces = count, wants_pieces
         self.request_ids: list[int] = []             # the engine's thread fills it
         self.arrived = perf_counter()
-        self.last_token: list[float | None] = [None] * count   # this too: when
+        self.last_token: list[float | None] = [None] * count   # it fills this too: seconds
         self.timer: asyncio.TimerHandle | None = None
         self._outputs: list[tuple[int, StepOutput]] = []
         self._error: Exception | None = None
@@ -61,7 +61,7 @@ class Stream:
             outputs, self._outputs = self._outputs, []
             for index, output in outputs:
                 yield index, output
-            if self.num_unfinished and self._error is not None:
+            if self._error is not None and self.num_unfinished and not self._outputs:
                 raise self._error
 
     async def results(self) -> list[dict]:
@@ -144,20 +144,20 @@ class AsyncEngine:
                   wants_pieces: bool = True, timeout: float | None = None) -> Stream:
         """Queue requests, all or none; `drop` the stream when you leave.
 
-        What the engine raises for one of them is raised here. After `timeout` seconds the stream
-        raises TimeoutError.
+        What the engine raises for one of them is raised here. `timeout` seconds from now the
+        stream raises TimeoutError.
         """
         self.check_room(len(requests))
         stream = Stream(len(requests), wants_pieces)
         self.streams.add(stream)
+        if timeout is not None:
+            error = TimeoutError(f"the answer took longer than {timeout:g} seconds")
+            stream.timer = self._loop.call_later(timeout, stream.fail, error)
         try:
             await self.call(self._add, stream, requests)
         except BaseException:                    # also where the sender was cancelled meanwhile
             self.drop(stream)
             raise
-        if timeout is not None:
-            error = TimeoutError(f"the answer took longer than {timeout:g} seconds")
-            stream.timer = self._loop.call_later(timeout, stream.fail, error)
         return stream
 
     def drop(self, stream: Stream) -> None:
@@ -205,10 +205,11 @@ class AsyncEngine:
             except BaseException as error:
                 ready.set_exception(error)
                 return
-            ready.set_result(None)
             with self.llm:
-                while self._empty_inbox():
-                    self._step()
+                if ready.set_running_or_notify_cancel():   # else nobody waits for it any longer
+                    ready.set_result(None)
+                    while self._empty_inbox():
+                        self._step()
         except BaseException as error:
             self.error = error
         finally:
@@ -233,11 +234,15 @@ class AsyncEngine:
             self.after_step(self.llm)
 
     def _add(self, llm: LLM, stream: Stream, requests: list) -> None:
-        """Queue them. If one is refused, its sender drops the stream, and so the others."""
-        for index, (prompt, params) in enumerate(requests):
-            request_id = llm.add_request(prompt, params)
-            self._owners[request_id] = stream, index
-            stream.request_ids.append(request_id)
+        """Queue them all, or none and raise what is wrong with one."""
+        try:
+            for index, (prompt, params) in enumerate(requests):
+                request_id = llm.add_request(prompt, params)
+                self._owners[request_id] = stream, index
+                stream.request_ids.append(request_id)
+        except BaseException:
+            self._abort(llm, stream)
+            raise
 
     def _abort(self, llm: LLM, stream: Stream) -> None:
         """End those that are not over; their blocks are free at once."""

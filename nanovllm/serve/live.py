@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 
 from ..llm import LLM
-from .async_engine import AsyncEngine
+from .async_engine import AsyncEngine, EngineDead
 
 FREE, REMEMBERED = -1, -2      # in place of the request that holds a block
 MOST_BLOCKS = 1024             # of the pool are drawn
@@ -100,13 +100,16 @@ class Live:
         watcher = asyncio.Queue(4)
         self.watchers.add(watcher)
         try:
-            watcher.put_nowait(await self.engine.call(self.look))
+            self.publish(await self.engine.call(self.look))     # to all: `look` takes the rows
             while self.engine.is_alive and not self.is_over():
                 try:
                     now = await asyncio.wait_for(watcher.get(), 0.3)
                 except asyncio.TimeoutError:         # no step: it is idle, or paused
-                    now = await self.engine.call(self.look)
+                    self.publish(await self.engine.call(self.look))
+                    now = watcher.get_nowait()
                 yield f"data: {json.dumps(now)}\n\n"
+        except EngineDead:                           # the stream has begun: it just ends
+            pass
         finally:
             self.watchers.discard(watcher)
 

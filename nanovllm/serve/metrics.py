@@ -65,28 +65,23 @@ class Metrics:
         labels = f"model_name={json.dumps(model)}"
         manager, scheduler, stats = llm.block_manager, llm.scheduler, llm.stats
         values = [                                  # name, kind, help, value
-            ("num_requests_running", "gauge", "Requests that hold blocks.",
-             len(scheduler.running)),
-            ("num_requests_waiting", "gauge", "Requests that wait for rows or blocks.",
-             len(scheduler.waiting)),
+            ("num_requests_running", "gauge", "Requests that hold blocks.", len(scheduler.running)),
+            ("num_requests_waiting", "gauge", "Requests that wait.", len(scheduler.waiting)),
             ("kv_cache_usage_perc", "gauge", "Share of the blocks in use; 1 is all.",
              manager.num_used_blocks / manager.num_blocks),
-            ("num_preemptions_total", "counter", "Requests that lost their blocks to others.",
-             stats.preemptions),
+            ("num_preemptions_total", "counter", "Requests that lost blocks.", stats.preemptions),
             ("prompt_tokens_total", "counter", "Tokens of prompts.", self.prompt_tokens),
             ("generation_tokens_total", "counter", "Generated tokens.", stats.generated_tokens),
-            ("prefix_cache_queries_total", "counter", "Tokens looked up in the prefix cache.",
-             self.prompt_tokens),
-            ("prefix_cache_hits_total", "counter", "Of them, tokens that were found.",
-             stats.cached_tokens)]
+            ("prefix_cache_queries_total", "counter", "Tokens looked up.", self.prompt_tokens),
+            ("prefix_cache_hits_total", "counter", "Of them, tokens found.", stats.cached_tokens)]
         lines = []
         for name, kind, help_text, value in values:
             lines += [f"# HELP vllm:{name} {help_text}", f"# TYPE vllm:{name} {kind}",
                       f"vllm:{name}{{{labels}}} {value}"]
         for name, help_text, histogram in (
-                ("time_to_first_token_seconds", "From arrival to the first token.", self.ttft),
+                ("time_to_first_token_seconds", "From the queue to the first token.", self.ttft),
                 ("inter_token_latency_seconds", "Between two tokens.", self.itl),
-                ("e2e_request_latency_seconds", "From arrival to the last token.", self.latency)):
+                ("e2e_request_latency_seconds", "From the queue to the last token.", self.latency)):
             lines += [f"# HELP vllm:{name} {help_text}", f"# TYPE vllm:{name} histogram",
                       *histogram.lines(f"vllm:{name}", labels)]
         lines += ["# HELP vllm:request_success_total Requests that are over, by how they ended.",
@@ -96,7 +91,6 @@ class Metrics:
         lines += ["# HELP nanovllm:requests_refused_total Requests answered 429.",
                   "# TYPE nanovllm:requests_refused_total counter",
                   f"nanovllm:requests_refused_total{{{labels}}} {self.refused}",
-                  "# HELP nanovllm:num_blocks Blocks in the pool.",
-                  "# TYPE nanovllm:num_blocks gauge",
+                  "# HELP nanovllm:num_blocks All blocks.", "# TYPE nanovllm:num_blocks gauge",
                   f"nanovllm:num_blocks{{{labels}}} {manager.num_blocks}"]
         return "\n".join(lines) + "\n"

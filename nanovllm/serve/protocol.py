@@ -46,7 +46,7 @@ class Limits:
     stop: int = 16                 # stop strings
     token_ids: int = 1024          # in logit_bias, in stop_token_ids
     body_bytes: int = 1 << 20
-    seconds: float = 600.0         # from arrival to the end of the answer
+    seconds: float = 600.0         # from a request's place in the queue to its end
     body_seconds: float = 30.0     # for the next piece of a request's body
 
 
@@ -164,7 +164,7 @@ class CompletionRequest(GenerationRequest):
     logprobs_field: ClassVar = "logprobs"
 
     def prompts(self) -> list[str | list[int]]:
-        """Each of its prompts, as text or token ids."""
+        """Each of its prompts, as text or token ids. `[]` is one, without tokens: refused later."""
         several = not isinstance(self.prompt, str) and not all(
             isinstance(token, int) for token in self.prompt)
         return self.prompt if several else [self.prompt]

@@ -30,35 +30,32 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
     What the making of the engine raises is raised here. Port 0 is any that is free. On loopback
     only requests that name this machine are answered: a page elsewhere cannot reach it.
     """
-    engine = await AsyncEngine(make, max_waiting).start()
-    if host not in LOOPBACK and not api_key:
-        logger.warning("whoever reaches this machine may use the model: set an API key")
-    hosts = ["localhost", "127.0.0.1", "[::1]", "::1"] if host in LOOPBACK else None
-    app = create_app(engine, model_name, api_key, limits, hosts, playground)
-    server = uvicorn.Server(uvicorn.Config(app, host, port, log_level="info", access_log=False,
-                                           timeout_graceful_shutdown=drain_seconds,
-                                           timeout_keep_alive=65,   # longer than clients keep it
-                                           lifespan="off"))
+    async with AsyncEngine(make, max_waiting) as engine:
+        if host not in LOOPBACK and not api_key:
+            logger.warning("whoever reaches this machine may use the model: set an API key")
+        hosts = ["localhost", "127.0.0.1", "[::1]", "::1"] if host in LOOPBACK else None
+        app = create_app(engine, model_name, api_key, limits, hosts, playground)
+        server = uvicorn.Server(uvicorn.Config(
+            app, host, port, log_level="info", access_log=False, lifespan="off",
+            timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=65))  # longer than clients
 
-    def give_up() -> None:
-        logger.error("the engine has died", exc_info=engine.error)
-        server.should_exit = True
+        def give_up() -> None:
+            logger.error("the engine has died", exc_info=engine.error)
+            server.should_exit = True
 
-    engine.on_death = give_up
-    app.state.live.is_over = lambda: server.should_exit      # who only watches is not waited for
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
-    try:
-        await server.serve()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        await engine.close()
+        engine.on_death = give_up
+        app.state.live.is_over = lambda: server.should_exit     # who only watches is not waited for
+        before = {each: signal.signal(each, lambda *_: None)    # uvicorn raises it again at its end
+                  for each in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            await server.serve()
+        finally:
+            for each, handler in before.items():
+                signal.signal(each, handler)
     return 0 if engine.error is None and server.started else 1
 
 
 def serve(make: Callable[[], LLM], **options) -> int:
-    """`run_server` in an event loop of its own; the exit code."""
+    """`run_server` in its own event loop; the exit code. KeyboardInterrupt while it loads."""
     sys.setswitchinterval(0.001)                 # seconds until a thread that waits gets its turn
-    try:
-        return asyncio.run(run_server(make, **options))
-    except KeyboardInterrupt:                    # raised again by uvicorn after its clean end
-        return 0
+    return asyncio.run(run_server(make, **options))

@@ -1,12 +1,14 @@
 """Each stub is refused with a word that helps, each answer accepted, each wrong answer named."""
 
 import ast
+import dis
 import importlib
 import importlib.util
 import json
 import linecache
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -99,6 +101,24 @@ def test_every_stub_is_graded_in_the_next_cell(path):
         if "your-turn" in cell["metadata"].get("tags", []):
             name = name_in("".join(cell["source"]))
             assert f"grade({name})" in "".join(after["source"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS.values(), ids=lambda path: path.stem)
+def test_no_cell_overwrites_what_turns_gave(path):
+    """`answer("…")` and `grade` must work to the end of a notebook."""
+    given, stored = Counter(), Counter()
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or source.startswith("%%"):
+            continue
+        source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M)
+        given.update(name.asname or name.name for node in ast.walk(ast.parse(source))
+                     if isinstance(node, ast.ImportFrom) and node.module == "turns"
+                     for name in node.names)
+        top = compile(source, path.name, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        stored.update(part.argval for part in dis.get_instructions(top)
+                      if part.opname in ("STORE_NAME", "STORE_GLOBAL"))
+    assert given and {name: stored[name] for name in given} == given
 
 
 def test_the_verdicts(capsys):

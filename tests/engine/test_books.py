@@ -5,6 +5,7 @@ import random
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.utils.context import get_context, set_context
 from tests.parity import finish
 
 PACKAGE = str(Path(nanovllm.__file__).parent)
@@ -110,6 +112,8 @@ def strike(llm, good, work, act, *at):
         found = outputs[other]["token_ids"]
     assert found == good[2]
     is_right(llm, good)
+    with pytest.raises(RuntimeError, match="no step in flight"):
+        get_context()
     return lines.count
 
 
@@ -132,6 +136,22 @@ def test_anything_at_every_line(work, act, llm, good):
     lines = strike(llm, good, work, boom, 10**9)
     for at in range(1, lines, 3):
         strike(llm, good, work, act, at)
+
+
+def test_an_error_in_a_steps_last_line_leaves_no_step_in_flight(llm, good, monkeypatch):
+    @contextmanager
+    def left_open(context):
+        set_context(context)
+        yield context
+        raise Boom
+
+    monkeypatch.setattr("nanovllm.engine.model_runner.use_context", left_open)
+    with pytest.raises(Boom):
+        llm.generate([good[1]], GREEDY, use_tqdm=False)
+    with pytest.raises(RuntimeError, match="no step in flight"):
+        get_context()
+    monkeypatch.undo()
+    is_right(llm, good)
 
 
 def test_an_interrupt_leaves_no_progress_bar_locked(llm, good, monkeypatch):

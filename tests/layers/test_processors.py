@@ -76,7 +76,7 @@ def test_the_list_holds_what_was_asked_for():
     assert made() == [] and made(min_p=.5, temperature=0) == [] and made(logit_bias={}) == []
     mine = [lambda completion, row: row]
     every = made(logits_processors=mine, logit_bias={3: 1}, min_tokens=2, min_p=.1, **PENALTIES)
-    assert len(every) == 6 and every[0] is mine[0]
+    assert len(every) == 6 and every[2] is mine[0]       # after min_tokens and the bias, as in vLLM
     with pytest.raises(ValueError, match="^logit_bias holds token id 151; the model has 0 to 150"):
         made(logit_bias={3: 1, 151: 1})
 
@@ -122,7 +122,7 @@ def test_only_the_rows_that_ask():
     tokens = after_processors(sampler, seqs)(logits, [None] * 4, [7, 8, 9, 10]).tolist()
     assert torch.equal(logits, before)
     assert tokens[::2] == best[::2] and tokens[1] != best[1] and tokens[3] != best[3]
-    assert seen == [(torch.bfloat16, 2, [7, 9]), (torch.float32, 2, [8, 10])]
+    assert seen == [(torch.float32, 2, [8, 10]), (torch.bfloat16, 2, [7, 9])]
 
 
 def test_a_processor_may_write_into_its_row():
@@ -143,6 +143,18 @@ def test_what_comes_back_must_be_logits(wrong):
     draw = after_processors(Sampler(), sequences([lambda completion, row: wrong]))
     with pytest.raises(TypeError, match=re.escape(f"must return logits of shape ({VOCAB},)")):
         draw(a_row()[None], [SamplingParams()], [0])
+
+
+def test_who_forbids_every_token_is_told(demo):
+    """Not a token by chance; the others go on."""
+    choose = one_of(["block"], demo.tokenizer)           # over before min_tokens is reached
+    params = [SamplingParams(temperature=0, logits_processors=choose, min_tokens=5, max_tokens=9),
+              SamplingParams(seed=1, logits_processors=lambda completion, row: row - torch.inf),
+              SamplingParams(temperature=0, max_tokens=3)]
+    outs = demo.generate(["What holds the KV cache?\n"] * 3, params, use_tqdm=False)
+    assert [out["finish_reason"] for out in outs] == ["error", "error", "length"]
+    assert all("leave no token to draw" in out["error"] for out in outs[:2])
+    assert outs[0]["text"] == "block"
 
 
 def test_one_of_several_strings(demo):

@@ -390,6 +390,11 @@ def test_too_many_requests_are_told_when_to_come_back():
         status, headers, body = send(server.url, "/v1/chat/completions", ASK)
         assert (status, headers["retry-after"]) == (429, "1")
         assert body["error"]["code"] == "rate_limit_exceeded"
+        with pytest.MonkeyPatch.context() as patch:      # refused before any text is encoded
+            for name in ("chat_prompt", "text_prompt"):
+                patch.setattr(f"nanovllm.serve.api.{name}", lambda *args: 1 / 0)
+            assert send(server.url, "/v1/chat/completions", ASK)[0] == 429
+            assert send(server.url, "/v1/completions", {"prompt": "x"})[0] == 429
         with pytest.raises(openai.RateLimitError):
             client.chat.completions.create(**ASK)
         for stream in streams:

@@ -95,6 +95,35 @@ def test_an_error_reaches_its_own_sender_alone(llm):
     with_engine(work)
 
 
+def test_a_refused_request_takes_the_others_of_its_stream_along_before_any_step():
+    async def work(engine):
+        for _ in range(5):
+            with pytest.raises(ValueError):
+                await engine.add([(QUESTION, GREEDY), ([], GREEDY)])
+        await idle(engine)
+        assert engine.llm.stats.steps == 0 and engine.metrics.finished["abort"] == 5
+
+    with_engine(work)
+
+
+def test_what_came_before_an_error_is_read_before_it():
+    from nanovllm.engine.outputs import StepOutput
+    from nanovllm.serve.async_engine import Stream
+
+    async def run():
+        stream, seen = Stream(2, wants_pieces=True), []
+        stream.put(0, StepOutput(1, "a", [1], None))
+        with pytest.raises(TimeoutError):
+            async for _, output in stream:
+                if not seen:                         # while the reader is busy with the first
+                    stream.put(1, StepOutput(2, "b", [2], None))
+                    stream.fail(TimeoutError())
+                seen.append(output.text)
+        assert seen == ["a", "b"]
+
+    asyncio.run(run())
+
+
 def test_the_queue_is_bounded():
     from nanovllm.serve import QueueFull
 
@@ -117,6 +146,21 @@ def test_an_answer_that_takes_too_long_is_an_error():
             await stream.results()
         engine.drop(stream)
         await idle(engine)
+
+    with_engine(work)
+
+
+def test_the_time_runs_while_a_request_waits_for_the_thread():
+    async def work(engine):
+        busy = asyncio.create_task(engine.call(lambda llm: time.sleep(1)))
+        await asyncio.sleep(0)
+        params = SamplingParams(max_tokens=4000, ignore_eos=True)
+        stream = await engine.add([(QUESTION, params)], timeout=0.5)     # it takes a second
+        with pytest.raises(TimeoutError):
+            async for _ in stream:
+                raise AssertionError("half a second was over before the first token")
+        engine.drop(stream)
+        await busy
 
     with_engine(work)
 
@@ -166,6 +210,44 @@ def test_a_model_that_cannot_be_loaded_is_an_error_of_start():
     engine = AsyncEngine(partial(LLM, "/nowhere"))
     with pytest.raises(ValueError, match="nowhere"):
         asyncio.run(engine.start())
+
+
+class Closed:
+    """In place of an LLM: is it closed?"""
+
+    def __init__(self):
+        self.is_open = self.was_closed = False
+
+    def __enter__(self):
+        self.is_open = True
+
+    def __exit__(self, *exception):
+        self.was_closed = self.is_open
+
+
+def test_who_no_longer_waits_for_the_model_leaves_no_engine_behind():
+    from nanovllm.serve import AsyncEngine
+    llm = Closed()
+    engine = AsyncEngine(lambda: time.sleep(0.5) or llm)
+
+    async def run():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.start(), 0.1)
+        engine._thread.join(10)
+
+    asyncio.run(run())
+    assert llm.was_closed and engine.error is None
+
+
+def test_a_server_that_cannot_be_made_closes_its_engine(monkeypatch):
+    pytest.importorskip("uvicorn")
+    from nanovllm.serve import server
+    llm = Closed()
+    llm.is_finished = lambda: True
+    monkeypatch.setattr(server, "create_app", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asyncio.run(server.run_server(lambda: llm))
+    assert llm.was_closed
 
 
 def test_a_paused_engine_takes_the_steps_that_it_is_allowed():

@@ -1,5 +1,6 @@
 """nanovllm/serve/live.py and page.html: what the page is told, and what it shows in a browser."""
 
+import asyncio
 import http.client
 import json
 import shutil
@@ -63,6 +64,33 @@ def test_pictures_agree_with_themselves():
             connection.close()
         seen.close()
         until(lambda: not server.engine.after_step.__self__.watchers)
+
+
+def test_who_watches_misses_no_step_because_of_another():
+    from nanovllm.serve import AsyncEngine, EngineDead
+    from nanovllm.serve.live import Live
+
+    async def run():
+        async with AsyncEngine(partial(LLM, **SMALL)) as engine:
+            live, rows = Live(engine, False), [[[7, 1]]]
+            first, second = live.pictures(), live.pictures()
+            await anext(first)
+            live.rows = list(rows)                   # a step, since the first one's picture
+            assert json.loads((await anext(second))[6:])["rows"] == rows
+            assert json.loads((await anext(first))[6:])["rows"] == rows
+            live.rows = list(rows)
+            assert json.loads((await anext(second))[6:])["rows"] == rows     # after 0.3 s
+            assert json.loads((await anext(first))[6:])["rows"] == rows
+
+            async def dead(function):
+                raise EngineDead("the engine has stopped")
+
+            engine.call = dead                       # it dies while a picture is asked for
+            assert [seen async for seen in first] == []
+            await second.aclose()
+            assert not live.watchers
+
+    asyncio.run(run())
 
 
 def test_a_playground_is_paused_stepped_and_changed():

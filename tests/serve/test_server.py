@@ -59,10 +59,39 @@ def test_sigterm_lets_answers_end_and_exits_0():
 
 
 def test_ctrl_c_ends_an_idle_server_with_0():
-    with server() as (process, port):
+    code = ("from nanovllm import LLM\nfrom nanovllm.serve.server import serve\nimport sys, time\n"
+            "class Slow(LLM):\n"
+            "    def __exit__(self, *exception):\n"
+            "        time.sleep(1); super().__exit__(*exception)\n"
+            "        print('closed', file=sys.stderr, flush=True)\n"
+            "sys.exit(serve(lambda: Slow(device='cpu', num_kvcache_blocks=64), port=0))")
+    with server(sys.executable, "-c", code) as (process, port):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=30)
         assert process.returncode == 0 and "Traceback" not in err, err
+        assert "closed" in err                       # it was waited for
+
+
+def test_ctrl_c_while_the_model_loads_exits_130():
+    code = ("import sys, time\nfrom nanovllm import cli\n"
+            "def LLM(*args, **settings):\n"
+            "    print('loading', file=sys.stderr, flush=True); time.sleep(60)\n"
+            "cli.LLM = LLM\nsys.exit(cli.main(['serve', '--port', '0']))")
+    with started(sys.executable, "-c", code) as process:
+        assert process.stderr.readline() == "loading\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert process.returncode == 130 and not err, err
+
+
+def test_by_which_names_a_server_on_loopback_may_be_called():
+    with server() as (process, port):
+        for host, status in ((f"[::1]:{port}", 200), ("[::1]", 200), (f"localhost:{port}", 200),
+                             ("127.0.0.1", 200), ("evil.example", 400), ("[::2]:80", 400)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            connection.request("GET", "/health", headers={"Host": host})
+            assert connection.getresponse().status == status, host
+            connection.close()
 
 
 def test_a_dead_engine_answers_503_and_exits_1():

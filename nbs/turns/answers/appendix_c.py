@@ -24,6 +24,8 @@ async def with_share(held, user, count, most, work):
         return await work()
     finally:
         held[user] -= count
+        if not held[user]:
+            del held[user]                       # the books forget who has none
 
 
 def percentile(before, after, share):
