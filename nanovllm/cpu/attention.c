@@ -148,12 +148,12 @@ static void attend_block(float *sum, float *top, float *total, const T *query, c
 void paged_prefill(T *out, const T *q, const T *k_cache, const T *v_cache, const int32_t *table,
                    int64_t n, int64_t length, int64_t heads, int64_t kv_heads, int64_t block_size,
                    float scale, int64_t threads) {
-    int64_t group = heads / kv_heads, most = group < ROWS ? ROWS / group : 1;
-    int64_t chunks = (n + most - 1) / most, work = n * length * heads * D;
+    int64_t group = heads / kv_heads, per_task = group < ROWS ? ROWS / group : 1;
+    int64_t chunks = (n + per_task - 1) / per_task, work = n * length * heads * D;
     #pragma omp parallel for num_threads(threads) schedule(dynamic) if (work > 65536)
     for (int64_t task = chunks * kv_heads - 1; task >= 0; task--) {  // the longest first
-        int64_t kv_head = task % kv_heads, begin = task / kv_heads * most;
-        int64_t end = begin + most < n ? begin + most : n, rows = (end - begin) * group;
+        int64_t kv_head = task % kv_heads, begin = task / kv_heads * per_task;
+        int64_t end = begin + per_task < n ? begin + per_task : n, rows = (end - begin) * group;
         int64_t before = length - n + begin, last = length - n + end;
         float *sum = malloc((rows * (D + WIDE + 2) + KEYS * (D + WIDE)) * sizeof(float));
         float *top = sum + rows * WIDE, *total = top + rows;

@@ -39,7 +39,7 @@ static inline void ask_for(const T *x, int64_t n) {  // so that it is in the cac
     for (int64_t i = 0; i < n; i += 64 / sizeof(T)) __builtin_prefetch(x + i);
 }
 
-// TILED: this processor multiplies fastest by `tile`. Where it has AMX, oneDNN is faster.
+// TILED: products are made by `tile`. Not with AMX: there oneDNN is faster in bf16.
 #if defined(__AVX512F__) && !defined(__AMX_BF16__) && D % 2 == 0
 #if STEP == 1 || defined(__AVX512BF16__)
 #define TILED

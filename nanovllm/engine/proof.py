@@ -149,7 +149,7 @@ def with_fast_path(runner, model: nn.Module) -> tuple[nn.Module, AttentionBacken
         backend = SDPABackend()
     name = "gpu" if device.type == "cuda" or backend.name == "triton" else "cpu"
     room = find_room(name)
-    if room is not None and agrees(f"nanovllm/{name}", lambda: run(
+    if room is not None and agrees(f"optimize of nanovllm/{name}", lambda: run(
             room.optimize(few_layers(model), group), backend), *against):
         model = room.optimize(model, group)
         give_back_freed_memory()       # that of the weights which were packed

@@ -3,13 +3,15 @@ section."""
 
 
 def exercise_a_1():
-    """At most as fast as memory is read:
+    """By the read rate of a sum:
 
         gb_per_s = weight_bytes[torch.bfloat16] / 1e6 / floor[torch.bfloat16]
         print(50.3 / gb_per_s, "ms for 50 MB")
         print(2 * 596e6 / 1e6 / gb_per_s, "ms a step")
 
-    Eight requests at once read the weights once: eight times as many tokens.
+    A product may be faster: it may ask memory for more at once than a sum, and a cache may still
+    hold a part of the weights. Eight requests at once read the weights once: up to eight times as
+    many tokens.
     """
 
 
@@ -29,7 +31,8 @@ def exercise_a_2():
                 assert torch.equal(x, want)
 
     `read_declarations` tells ctypes: the function begins with `void name(` in the first column.
-    Arguments of a wrong type, or too few of them, are an error in Python.
+    Arguments of a wrong type, or too few of them, are an error in Python. `static void add(` does
+    not begin so, and the library does not show a static function to others.
     '''
 
 
