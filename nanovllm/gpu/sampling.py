@@ -254,11 +254,10 @@ def sample(logits: torch.Tensor, params: torch.Tensor, keys: torch.Tensor) -> to
     return out
 
 
-KNOWN = {"temperature", "top_k", "top_p", "seed",               # obeyed here; the rest elsewhere
+KNOWN = {"temperature", "top_k", "top_p", "seed",     # obeyed here; the rest elsewhere, before (day 7) or after
          "max_tokens", "ignore_eos", "stop", "logprobs", "prompt_logprobs", "stop_token_ids",
-         "skip_special_tokens", "n",
-         "min_tokens", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
-         "logit_bias", "logits_processors"}    # the last two lines: done before it draws (day 7)
+         "skip_special_tokens", "n", "min_tokens", "min_p", "presence_penalty",
+         "frequency_penalty", "repetition_penalty", "logit_bias", "logits_processors"}
 UNKNOWN = [field for field in fields(SamplingParams) if field.name not in KNOWN]
 
 
