@@ -254,7 +254,7 @@ def sample(logits: torch.Tensor, params: torch.Tensor, keys: torch.Tensor) -> to
     return out
 
 
-KNOWN = {"temperature", "top_k", "top_p", "seed",     # obeyed here; the rest elsewhere, before (day 7) or after
+KNOWN = {"temperature", "top_k", "top_p", "seed",     # obeyed here; the rest elsewhere
          "max_tokens", "ignore_eos", "stop", "logprobs", "prompt_logprobs", "stop_token_ids",
          "skip_special_tokens", "n", "min_tokens", "min_p", "presence_penalty",
          "frequency_penalty", "repetition_penalty", "logit_bias", "logits_processors"}
