@@ -349,23 +349,28 @@ def test_books_that_are_wrong_are_seen_at_once(llm, good, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGALRM])
-def test_signals_at_random_times(number, llm, good):
-    """Each raises; after each the books are right, and later answers too."""
+def test_signals_at_random_times(number, llm, good, monkeypatch):
+    """Each raises; after each the books are right, and later answers too.
+
+    Python itself drops what a handler raises in the middle of a finalizer or of a callback of the
+    garbage collector (hypothesis has one): it tells sys.unraisablehook.
+    """
     def handler(*args):
         raise Boom
 
     before, rng = signal.signal(signal.SIGALRM, handler), random.Random(3)
     if number == signal.SIGINT:
         signal.signal(signal.SIGALRM, lambda *args: interrupt())
-    hits = 0
+    hits, swallowed = 0, []
+    monkeypatch.setattr(sys, "unraisablehook", lambda about: swallowed.append(about.exc_type))
     for trial in range(1000):
         try:
             signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 0.02))
-            while True:
+            while len(swallowed) + hits == trial:
                 generate(llm, good[1])
         except (Boom, KeyboardInterrupt):
             hits += 1
         signal.setitimer(signal.ITIMER_REAL, 0)
         is_right(llm, good)
     signal.signal(signal.SIGALRM, before)
-    assert hits == 1000
+    assert hits + len(swallowed) == 1000 and len(swallowed) < 20
