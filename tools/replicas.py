@@ -29,6 +29,7 @@ def start(replicas: int = 2, model: str | None = None, port: int = 8000, gpus: f
     def make_app():                              # runs in each replica's process
         from fastapi import FastAPI
         from nanovllm import LLM
+        from nanovllm.cli import name_of
         from nanovllm.serve.api import create_app
         from nanovllm.serve.async_engine import AsyncEngine
 
@@ -36,7 +37,7 @@ def start(replicas: int = 2, model: str | None = None, port: int = 8000, gpus: f
         async def lifespan(app):
             async with AsyncEngine(partial(LLM, model, **settings)) as engine:
                 engine.on_death = partial(os._exit, 1)     # Ray starts another one
-                app.mount("/", create_app(engine, model or "demo"))
+                app.mount("/", create_app(engine, name_of(model), hosts=["localhost", "127.0.0.1"]))
                 yield
 
         return FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)

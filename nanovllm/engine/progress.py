@@ -40,7 +40,7 @@ class Progress:
 
     def __exit__(self, *exception) -> None:
         if self.bar is not None:
-            self.next_look = 0.0
-            self.show()
             with interrupt_afterwards():
+                self.next_look = 0.0
+                self.show()
                 self.bar.close()
