@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -493,3 +494,10 @@ def test_another_thread_may_use_the_server_while_one_streams(client, llm):
     text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     thread.join(20)
     assert (text, found) == (want, [want])
+
+
+def test_every_sampling_parameter_comes_over_http_or_cannot():
+    """One that is new is ignored without a word until it stands in TAKEN."""
+    from nanovllm.serve.protocol import TAKEN
+    others = {"n", "max_tokens", "logprobs", "prompt_logprobs", "logits_processors"}
+    assert {field.name for field in fields(SamplingParams)} == TAKEN | others
