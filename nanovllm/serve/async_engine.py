@@ -44,10 +44,11 @@ class Stream:
         self._news = asyncio.Event()
 
     def put(self, index: int, output: StepOutput) -> None:
-        """Hand over an output; called in the event loop."""
-        self._outputs.append((index, output))
-        self.num_unfinished -= output.output is not None
-        self._news.set()
+        """Hand over an output; called in the event loop. After an error there is none."""
+        if self._error is None:
+            self._outputs.append((index, output))
+            self.num_unfinished -= output.output is not None
+            self._news.set()
 
     def fail(self, error: Exception) -> None:
         """Hand over the error that ends them all."""

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.outputs import StepOutput
 
 from .conftest import QUESTION, demo_engine
 
@@ -163,6 +164,21 @@ def test_the_time_runs_while_a_request_waits_for_the_thread():
         await busy
 
     with_engine(work)
+
+
+def test_after_an_error_a_stream_gives_nothing():
+    """A step's outputs may be under way when the time is over."""
+    from nanovllm.serve.async_engine import Stream
+
+    async def work():
+        stream = Stream(1, wants_pieces=True)
+        stream.fail(TimeoutError())
+        stream.put(0, StepOutput(0, "late", [5]))
+        with pytest.raises(TimeoutError):
+            async for _ in stream:
+                raise AssertionError("it came after the error")
+
+    asyncio.run(work())
 
 
 def test_a_dead_engine_tells_all_who_wait():
