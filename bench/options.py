@@ -24,6 +24,10 @@ def parse_args(argv: list[str] | None = None, about: str | None = None) -> argpa
     add("--ablate", action="store_true", help="this engine with each feature switched off in turn")
     add("--soak", type=float, metavar="MINUTES", help="random requests, aborts, bad requests "
         "and signals for so long: are memory, blocks and requests lost, and are tokens right?")
+    add("--strikes", type=float, default=0.1, metavar="SHARE",
+        help="--soak: the share of steps with a signal at a random time in them (default 0.1)")
+    add("--deaths", type=int, metavar="N", help="--soak: kill a worker of an engine with two ranks "
+        "so often, at random times (default: once a minute)")
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="FOLDER", help="a checkpoint (default: the bundled demo model)")
     add("--gguf", metavar="FILE", help="what llama-cpp runs: any GGUF file, of four bits too. With "
@@ -87,6 +91,10 @@ def check(args) -> None:
     for name in ("scale", "rate", "runs", "hf_batch", "rows", "limit", "soak", "threads", "layers"):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
+    if not 0 <= args.strikes <= 1:
+        raise ValueError("--strikes must lie in [0, 1]")
+    if args.deaths is not None and args.deaths < 0:
+        raise ValueError("--deaths must be at least 0")
     fewest = 1 if args.workload == ["decode"] else 2  # the others are about requests side by side
     if args.requests is not None and min(args.requests) < fewest:
         raise ValueError(f"--requests must be at least {fewest}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import threading
 import time
 
 from bench.machine import memory_now
@@ -33,17 +34,18 @@ class Soak:
     """An engine with a pool too small for what is asked of it. Runs in a worker.
 
     It compares its books after every step. Some requests are known: their tokens must be those
-    that they got before anything else had happened.
+    that they got before anything else had happened. strikes: the share of steps with a signal.
     """
 
     def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, seed: int,
-                 settings: dict):
+                 settings: dict, strikes: float = 0.1):
         from nanovllm import LLM
         small = {"check_books": True, "num_kvcache_blocks": 40, "max_num_seqs": 16,
                  "max_num_batched_tokens": 128}
         self.llm = LLM(model, device=device, dtype=dtype,
                        load_format="dummy" if is_dummy else "auto", **{**small, **settings})
         self.device, self.rng, self.pool = device, random.Random(seed), self.llm.block_manager
+        self.strikes = strikes
         self.unit = max(1, self.pool.block_size // 16)  # lengths in proportion to the blocks
         self.prefixes = [self._tokens(n * self.unit) for n in (0, 20, 60, 110)]
         too_long = self.pool.num_blocks * self.pool.block_size + 1
@@ -155,9 +157,9 @@ class Soak:
                                    f"and {tokens} is right")
 
     def _turn(self) -> None:
-        """Something happens, and a step; in one of ten a signal comes at a random time."""
+        """Something happens, and a step; in some of them a signal comes at a random time."""
         try:
-            if self.rng.random() < 0.1:
+            if self.rng.random() < self.strikes:
                 signal.setitimer(signal.ITIMER_REAL, self.rng.uniform(1e-5, 5e-3))
             try:
                 self._act()
@@ -208,32 +210,35 @@ class Soak:
                 "free_blocks": pool.num_free_blocks, **self.counts, **stats}
 
 
-def kill_workers(model: str, times: int) -> int:
-    """Kill a worker of an engine with two ranks, so often. Runs in a worker.
+def kill_workers(model: str, times: int, seed: int, tell) -> float:
+    """Kill a worker of an engine with two ranks, so often, at random times. Runs in a worker.
 
-    RuntimeError if that is no error within the time limit, or if a process is left.
+    Returns the longest time in seconds until it was an error. AssertionError if that is none
+    within the time limit, or if a process is left.
     """
     import psutil
     from nanovllm import LLM, SamplingParams
-    wish = SamplingParams(max_tokens=2000, ignore_eos=True)
-    for _ in range(times):
+    wish, rng, longest = SamplingParams(max_tokens=2000, ignore_eos=True), random.Random(seed), 0.0
+    for time_number in range(times):
         before = {child.pid for child in psutil.Process().children(recursive=True)}
         with LLM(model, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=200) as llm:
             llm.add_request([1, 2, 3], wish)
-            llm.step()
             workers = [child for child in psutil.Process().children(recursive=True)
                        if child.pid not in before]
-            workers[0].kill()
-            start = time.perf_counter()
+            delay = rng.uniform(0, 0.1)
+            killer, start = threading.Timer(delay, workers[0].kill), time.perf_counter()
+            killer.start()
             try:
                 while time.perf_counter() - start < 60:
-                    llm.step()
+                    llm.step() if llm.requests else llm.add_request([1, 2, 3], wish)
                 raise AssertionError("a worker was killed, and 60 s later steps go on")
-            except RuntimeError:
-                pass                                # which says that a worker has ended
+            except RuntimeError:                    # which says that a worker has ended
+                longest = max(longest, time.perf_counter() - start - delay)
+            killer.join()
         if left := psutil.wait_procs(workers, timeout=10)[1]:
             raise AssertionError(f"{len(left)} workers outlive their engine")
-    return times
+        tell(progress=time_number + 1)
+    return longest
 
 
 def run_soak(args, model: Model) -> dict:
@@ -246,13 +251,17 @@ def run_soak(args, model: Model) -> dict:
         result = worker.ask("soak", lambda now: bar.update(now - bar.n), patience=seconds + 300,
                             model=model.folder, device=args.device, dtype=model.dtype,
                             is_dummy=model.is_dummy, seconds=seconds, seed=args.seed,
-                            settings=settings)
+                            settings=settings, strikes=args.strikes)
     result["settle"] = min(60.0, seconds / 4)  # memory may grow until then
-    result["worker_deaths"] = 0
-    if args.device == "cpu" and args.soak >= 1:     # engines with several ranks take long to start
-        with Worker(threads=1) as worker:
-            result["worker_deaths"] = worker.ask("kill_workers", patience=120 * args.soak,
-                                                 model=model.folder, times=int(args.soak))
+    deaths = int(args.soak) if args.deaths is None else args.deaths
+    result["worker_deaths"], result["longest_death"] = 0, 0.0
+    if args.device == "cpu" and deaths:             # engines with several ranks take long to start
+        with Worker(threads=1) as worker, \
+                tqdm(total=deaths, desc="worker deaths", disable=args.quiet) as bar:
+            result["longest_death"] = worker.ask(
+                "kill_workers", lambda now: bar.update(now - bar.n), patience=120 * deaths,
+                model=model.folder, times=deaths, seed=args.seed)
+            result["worker_deaths"] = deaths
     print_soak(result)
     return result
 
@@ -277,7 +286,8 @@ def print_soak(result: dict) -> None:
           f"error; {result['known']:,} with known tokens, all right; {result['refused']:,} bad "
           f"ones refused, {result['streams']:,} streams broken off, "
           f"{result['forgotten']:,} forgotten; "
-          f"{result['signals']:,} signals, {result['worker_deaths']} worker deaths; "
+          f"{result['signals']:,} signals, {result['worker_deaths']:,} worker deaths (an error "
+          f"after {result['longest_death']:.1f} s at most); "
           f"{result['preemptions']:,} preemptions, {result['steps']:,} steps, "
           f"{result['tokens']:,} tokens")
     print(f"blocks: {result['free_blocks']} of {result['num_blocks']} free at the end, "

@@ -43,10 +43,10 @@ class Jobs:
         from bench.soak import Soak
         return Soak(**job).run(seconds, self.tell)
 
-    def kill_workers(self, **job) -> int:
+    def kill_workers(self, **job) -> float:
         """Kill workers of engines with several ranks; here, where no memory is watched."""
         from bench.soak import kill_workers
-        return kill_workers(**job)
+        return kill_workers(tell=self.tell, **job)
 
     def open(self, engine: str, device: str, **job) -> dict:
         """Load an engine."""

@@ -57,7 +57,7 @@ _RULES_OF_PARAMS: dict[str, tuple[Any, str]] = {
              "be a whole number of 64 bits, or None"),
     "stop_token_ids": (lambda ids: all(is_whole(i) and i >= 0 for i in ids), "hold token ids"),
     "min_tokens": (lambda n: is_whole(n) and n >= 0, "be a whole number of at least 0"),
-    "n": (lambda n: is_whole(n) and n >= 1, "be a whole number of at least 1"),
+    "n": (lambda n: is_whole(n) and 1 <= n <= 2**14, "be a whole number from 1 to 16384"),
     "min_p": (lambda p: is_number(p) and 0 <= p <= 1, "lie in [0, 1], 0 for no limit"),
     "repetition_penalty": (lambda r: is_number(r) and 1e-3 <= r <= 1e3,
                            "lie between 0.001 and 1000, 1 for none"),

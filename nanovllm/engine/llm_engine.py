@@ -143,8 +143,8 @@ class LLMEngine(Books):
             used_blocks = self.block_manager.num_used_blocks
             try:
                 tokens = self._compute(batch, signals)
-            except Exception:
-                culprits = find_culprits(self.scheduler, batch, self._compute, signals)
+            except BaseException as e:
+                culprits = find_culprits(self.scheduler, batch, self._compute, signals, e)
                 for request_id, error in culprits.items():
                     self.requests[request_id].error = error
                 if not culprits:

@@ -5,7 +5,6 @@
 __all__ = ["DTYPES", "resolve_device", "resolve_dtype", "ModelRunner"]
 
 import os
-from contextlib import nullcontext
 
 import torch
 
@@ -15,6 +14,7 @@ from ..layers.backends import get_attention_backend
 from ..models.qwen3 import head_dim_of
 from ..models.registry import get_model_class
 from ..utils.context import Context, use_context
+from ..utils.device import on_device
 from ..utils.loader import allocate_parameters, init_dummy_weights, load_model
 from ..utils.memory import memory_for
 from .kv_cache import (
@@ -102,7 +102,7 @@ class ModelRunner:
 
     def on_device(self):
         """Kernels are launched on the current device, which need not be this engine's."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        return on_device(self.device)
 
     @property
     def uses_graphs(self) -> bool:

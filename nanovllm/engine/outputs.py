@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..layers.sampler import top_logprobs
+from .culprits import is_fault
 from .scheduler import ScheduledRow
 from .sequence import Sequence
 from .text import Detokenizer
@@ -94,7 +95,9 @@ class Request:
         """Call a method of the detokenizer; its error ends this request, and no other."""
         try:
             decode()
-        except Exception as error:
+        except BaseException as error:
+            if not is_fault(error):
+                raise
             self.error = self.error or f"{type(error).__name__}: {error}"
 
     def read(self) -> str | None:

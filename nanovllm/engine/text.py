@@ -108,7 +108,7 @@ def find_eos_token_ids(config: Config, tokenizer) -> frozenset[int]:
     every = [(file, i) for file, ids in found.items()
              for i in (ids if isinstance(ids, list) else [ids]) if i is not None]
     for file, i in every:
-        if not is_whole(i):
+        if not is_whole(i) or i < 0:
             raise ValueError(f"model: {file}: eos_token_id is {shown(i)}, and must be a token id "
                              "or a list of them")
     return frozenset(i for _, i in every)

@@ -10,6 +10,7 @@ __all__ = [
 import math
 from collections import Counter
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -97,6 +98,17 @@ def _changed(seq, row: torch.Tensor) -> torch.Tensor:
     return row
 
 
+def _changed_or_blamed(seq, row: torch.Tensor) -> torch.Tensor:
+    """The same. An error says whose it is, so that the engine need not search."""
+    try:
+        return _changed(seq, row)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        error.seq_id = seq.seq_id
+        raise
+
+
 def after_processors(sampler: Callable, seqs: list) -> Callable:
     """`sampler` for a step where some of the rows' sequences have processors: those run first.
 
@@ -111,7 +123,7 @@ def after_processors(sampler: Callable, seqs: list) -> Callable:
             tokens[rows] = sampler(logits, [params[i] for i in rows], [indices[i] for i in rows])
 
         tokens = torch.empty(len(seqs), dtype=torch.long, device=logits.device)
-        draw(asking, torch.stack([_changed(seqs[i], logits[i]) for i in asking]))
+        draw(asking, torch.stack([_changed_or_blamed(seqs[i], logits[i]) for i in asking]))
         if others:
             draw(others, logits[others])
         return tokens
@@ -133,16 +145,23 @@ def one_of(texts: list[str], tokenizer) -> Callable:
     return process
 
 
+@lru_cache(4)
+def _vocabulary(tokenizer):
+    """A tokenizer as llguidance knows it: made once, since a large one takes a while."""
+    import llguidance.hf
+    return llguidance.hf.from_tokenizer(tokenizer)
+
+
 def json_schema(schema: dict | str, tokenizer) -> Callable:
     """A processor under which the text is JSON that fits the schema, if `max_tokens` lets it end.
 
     It needs llguidance. ValueError for a schema that it does not know.
     """
-    import llguidance.hf
+    import llguidance
     import numpy as np
     grammar = llguidance.LLMatcher.grammar_from_json_schema(
         schema, defaults={"whitespace_flexible": False})    # or it may go on with spaces for ever
-    start = llguidance.LLMatcher(llguidance.hf.from_tokenizer(tokenizer), grammar)
+    start = llguidance.LLMatcher(_vocabulary(tokenizer), grammar)
     if start.is_error():
         raise ValueError(f"schema: {start.get_error()}")
 

@@ -28,7 +28,8 @@ from .async_engine import AsyncEngine, EngineDead, QueueFull, Stream
 from .live import Live
 from .protocol import (
     TAKEN, BadRequest, ChatFormat, ChatRequest, CompletionFormat, CompletionRequest, Limits,
-    TokenizeRequest, Usage, chat_prompt, envelope, error_body, name_in, text_prompt, token_text,
+    TokenizeRequest, Usage, chat_prompt, envelope, error_body, name_in, rules_of, text_prompt,
+    token_text,
 )
 
 logger = logging.getLogger("nanovllm")
@@ -162,8 +163,8 @@ class Service:
             raise BadRequest(f"there is no model {name!r} here; there is {self.model_name!r}",
                              "model", "model_not_found", 404)
 
-    async def encode(self, function, *args) -> list[int]:
-        """Token ids by `function(tokenizer, *args)`; neither loop nor engine waits for it."""
+    async def encode(self, function, *args) -> list:
+        """What `function(tokenizer, *args)` makes; neither loop nor engine waits for it."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.encoder, function, self.tokenizer, *args)
 
@@ -173,7 +174,8 @@ class Service:
         self.check_model(body.model)
         body.check(self.limits, len(prompts))
         self.engine.check_room(body.n * len(prompts))
-        ids = [await self.encode(text_prompt, prompt, self.vocab_size) for prompt in prompts]
+        ids = [text_prompt(self.tokenizer, prompt, self.vocab_size) if isinstance(prompt, list)
+               else await self.encode(text_prompt, prompt, self.vocab_size) for prompt in prompts]
         return await self.answer(body, ids, CompletionFormat, "prompt", request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -188,7 +190,9 @@ class Service:
     async def answer(self, body, prompts: list[list[int]], form: type[CompletionFormat],
                      prompt_field: str, request: Request) -> Response:
         """Queue a request's choices, and answer when they are over or piece by piece."""
-        choices = body.choices(self.defaults, self.max_model_len)
+        wanted = body.response_format
+        rules = [] if wanted.type == "text" else await self.encode(rules_of, wanted)
+        choices = body.choices(self.defaults, self.max_model_len, rules)
         form, usage = form(self.tokenizer, body.logprobs_wanted()), Usage(body.n)
         try:
             stream = await self.engine.add(

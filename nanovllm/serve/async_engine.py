@@ -193,7 +193,7 @@ class AsyncEngine:
             elif answer.set_running_or_notify_cancel():   # else who asked has gone
                 try:
                     answer.set_result(function(self.llm, *args))
-                except Exception as error:                # for who asked, and for nobody else
+                except BaseException as error:            # for who asked, and for nobody else
                     answer.set_exception(error)
         return True
 

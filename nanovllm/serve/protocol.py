@@ -4,14 +4,15 @@
 
 __all__ = [
     "logger", "TAKEN", "NEUTRAL", "Limits", "BadRequest", "error_body", "Fields", "StreamOptions",
-    "Part", "Message", "GenerationRequest", "CompletionRequest", "ChatRequest", "name_in",
-    "TokenizeRequest", "chat_prompt", "text_prompt", "token_text", "likeliest", "CompletionFormat",
-    "ChatFormat", "Usage", "envelope",
+    "ResponseFormat", "Part", "Message", "GenerationRequest", "CompletionRequest", "ChatRequest",
+    "name_in", "TokenizeRequest", "chat_prompt", "text_prompt", "rules_of", "token_text",
+    "likeliest", "CompletionFormat", "ChatFormat", "Usage", "envelope",
 ]
 
 import inspect
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 from uuid import uuid4
@@ -33,8 +34,8 @@ NEUTRAL = {
     "length_penalty": (1,), "best_of": (1,), "use_beam_search": (False,), "echo": (False,),
     "suffix": ("",), "prompt_logprobs": (), "truncate_prompt_tokens": (),
     "include_stop_str_in_output": (False,), "chat_template": (),
-    "response_format": ({"type": "text"},), "structured_outputs": (), "tools": ([],),
-    "functions": ([],), "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
+    "structured_outputs": (), "tools": ([],), "functions": ([],),
+    "tool_choice": ("none", "auto"), "function_call": ("none", "auto"),
     "modalities": (["text"],), "audio": ()}
 
 
@@ -84,6 +85,12 @@ class StreamOptions(Fields):
     include_usage: bool = False
 
 
+class ResponseFormat(Fields):
+    """The form of an answer: any text, a JSON object, or JSON that fits a schema."""
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: dict[str, Any] = {}
+
+
 class Part(Fields):
     """A piece of a message: text, and nothing else."""
     type: Literal["text"]
@@ -109,6 +116,7 @@ class GenerationRequest(Fields):
     n: int = Field(1, ge=1)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat = ResponseFormat()
     stop: str | list[str] = []
 
     def check(self, limits: Limits, num_prompts: int = 1) -> None:
@@ -138,7 +146,8 @@ class GenerationRequest(Fields):
             raise BadRequest(f"{self.logprobs_field} must be at most {limits.logprobs}",
                              self.logprobs_field)
 
-    def choices(self, defaults: SamplingParams, longest: int) -> list[SamplingParams]:
+    def choices(self, defaults: SamplingParams, longest: int,
+                processors: Sequence[Callable] = ()) -> list[SamplingParams]:
         """The parameters of each of the n choices of a prompt. BadRequest names a wrong one.
 
         defaults: where the request says nothing. longest: tokens, where it sets no limit.
@@ -149,7 +158,7 @@ class GenerationRequest(Fields):
         try:
             if isinstance(bias := given.get("logit_bias"), dict):
                 given["logit_bias"] = {int(i) if i.isdecimal() else i: b for i, b in bias.items()}
-            params = replace(defaults, **given)
+            params = replace(defaults, **given, logits_processors=processors)
             return [params if params.seed is None else replace(params, seed=params.seed + i)
                     for i in range(self.n)]
         except (TypeError, ValueError) as error:
@@ -243,6 +252,18 @@ def text_prompt(tokenizer, prompt: str | list[int], vocab_size: int) -> list[int
         return encode_prompt(prompt, tokenizer, vocab_size)
     except (TypeError, ValueError) as error:
         raise BadRequest(str(error), "prompt") from error
+
+
+def rules_of(tokenizer, form: ResponseFormat) -> list[Callable]:
+    """What keeps an answer in this form, as logits processors. BadRequest if nothing does."""
+    try:
+        from ..layers.processors import json_schema    # day 7's; it needs llguidance
+        return [json_schema(form.json_schema.get("schema", {"type": "object"}), tokenizer)]
+    except ImportError as error:
+        raise BadRequest(f"response_format needs more than this server has: {error}",
+                         "response_format") from error
+    except (TypeError, ValueError) as error:
+        raise BadRequest(f"response_format: {error}", "response_format") from error
 
 
 def token_text(tokenizer, token: int) -> str:

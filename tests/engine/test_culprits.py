@@ -1,7 +1,9 @@
 """One request that makes steps fail, and the others that must not notice."""
 
+import asyncio
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -116,8 +118,53 @@ def test_a_handler_that_raises_in_a_step_blames_nobody(llm, good, monkeypatch):
     assert [outputs[i]["token_ids"] for i in ids] == [good[2]] * 2
 
 
+class PanicException(BaseException):
+    """What a panic in Rust code is in Python (pyo3); by its name, for nobody can import it."""
+
+
+@pytest.mark.parametrize("error", [
+    ConnectionError("lost"), asyncio.CancelledError("lost"), PanicException("lost")], ids=repr)
+@pytest.mark.parametrize("times", [1, 1000])
+def test_a_processor_that_fails(error, times, llm, good):
+    """Once or always: whose it is is known, and nobody else notices."""
+    failed = []
+
+    def fail(completion, row):
+        if len(completion) == 3 and len(failed) < times:
+            failed.append(1)
+            raise error
+        return row
+
+    bad = llm.add_request(BAD, replace(GREEDY, logits_processors=[fail]))
+    out, = llm.generate([good[1]], GREEDY, use_tqdm=False)
+    assert out["token_ids"] == good[2] and len(failed) == 1
+    outputs = finish(llm)
+    assert outputs[bad]["finish_reason"] == "error" and "lost" in outputs[bad]["error"]
+    assert len(outputs[bad]["token_ids"]) == 3
+
+
+def test_a_handler_that_raises_in_a_processor_blames_nobody(llm, good):
+    def handler(*args):
+        raise ValueError("time is over")
+
+    def late(completion, row):
+        if len(completion) == 3 and not hits:
+            hits.append(1)
+            signal.raise_signal(signal.SIGALRM)
+        return row
+
+    before, hits = signal.signal(signal.SIGALRM, handler), []
+    mine = llm.add_request(good[1], replace(GREEDY, logits_processors=[late]))
+    with pytest.raises(ValueError, match="time is over"):
+        while True:
+            llm.step()
+    signal.signal(signal.SIGALRM, before)
+    assert finish(llm)[mine]["token_ids"] == good[2]
+
+
+@pytest.mark.parametrize("error", [UnicodeError("no text"), PanicException("no text")], ids=repr)
 @pytest.mark.parametrize("stop", [(), ("zzz",)])
-def test_a_tokenizer_that_fails_for_one(stop, demo, monkeypatch):
+def test_a_tokenizer_that_fails_for_one(stop, error, demo, monkeypatch):
     """Its text ends where decoding failed; its neighbour's is whole."""
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=stop)
     first, second = demo.generate(["What is RoPE?", "Why is decode slow?"], params, use_tqdm=False)
@@ -126,7 +173,7 @@ def test_a_tokenizer_that_fails_for_one(stop, demo, monkeypatch):
 
     def fail(ids, **kwargs):
         if bad in ids:
-            raise UnicodeError("no text")
+            raise error
         return decode(ids, **kwargs)
 
     monkeypatch.setattr(demo.tokenizer, "decode", fail)

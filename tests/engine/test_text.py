@@ -326,8 +326,8 @@ def test_damaged_tokenizer(name, content, complaint, tmp_path):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("ids", ["2", 2.0, True, [1, "2"], {"a": 1}, [[2]], [1, None, 1.5]],
-                         ids=str)
+@pytest.mark.parametrize("ids", ["2", 2.0, True, [1, "2"], {"a": 1}, [[2]], [1, None, 1.5], -1,
+                                 [2, -1]], ids=str)
 def test_an_end_of_text_that_is_no_id(ids, tmp_path):
     """It would never come, and the text would not end."""
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))

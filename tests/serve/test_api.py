@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import json
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
@@ -241,6 +242,74 @@ def test_metrics_are_what_prometheus_reads(server):
 
 
 # -----------------------------------------------------------------------------------------------
+# The form of an answer
+# -----------------------------------------------------------------------------------------------
+
+UNIT = {"type": "object", "properties": {"unit": {"enum": ["block", "page"]},
+                                         "count": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["unit", "count"], "additionalProperties": False}
+
+
+def test_json_that_fits_a_schema(client):
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"name": "unit", "schema": UNIT, "strict": True}}
+    whole = client.chat.completions.create(**ASK, response_format=form, n=3, seed=1, temperature=1)
+    for choice in whole.choices:
+        found = json.loads(choice.message.content)
+        assert choice.finish_reason == "stop" and [*found] == ["unit", "count"]
+        assert found["unit"] in ("block", "page") and 0 <= found["count"] <= 99
+    assert len({choice.message.content for choice in whole.choices}) > 1
+    pieces = client.chat.completions.create(**ASK, response_format=form, seed=1, temperature=1,
+                                            stream=True)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert text == whole.choices[0].message.content
+    other = client.completions.create(model="demo", prompt="It says: ", max_tokens=64,
+                                      extra_body={"response_format": form})
+    assert [*json.loads(other.choices[0].text)] == ["unit", "count"]
+
+
+def test_json_as_a_class_of_pydantic(client):
+    pytest.importorskip("llguidance")
+    from pydantic import BaseModel
+
+    class Inner(BaseModel):
+        yes: bool
+
+    class Answer(BaseModel):
+        parts: tuple[Inner, Inner]
+
+    found = client.chat.completions.parse(**ASK, response_format=Answer).choices[0].message.parsed
+    assert isinstance(found.parts[1].yes, bool)
+
+
+def test_some_json_object(client):
+    pytest.importorskip("llguidance")
+    answer = client.chat.completions.create(**ASK, response_format={"type": "json_object"},
+                                            max_tokens=300, temperature=0)
+    choice = answer.choices[0]
+    assert choice.message.content.startswith("{")
+    if choice.finish_reason == "stop":
+        assert isinstance(json.loads(choice.message.content), dict)
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "nonsense"}, 5, "{", [], {"$ref": "#/nowhere"}, {"pattern": "("}], ids=str)
+def test_a_schema_that_is_none_is_named(server, schema):
+    pytest.importorskip("llguidance")
+    form = {"type": "json_schema", "json_schema": {"schema": schema}}
+    status, _, body = send(server.url, "/v1/chat/completions", {**ASK, "response_format": form})
+    assert (status, body["error"]["param"]) == (400, "response_format"), body
+
+
+def test_without_llguidance_a_form_is_refused(server, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    form = {"response_format": {"type": "json_object"}}
+    status, _, body = send(server.url, "/v1/chat/completions", {**ASK, **form})
+    assert (status, body["error"]["param"]) == (400, "response_format")
+    assert "llguidance" in body["error"]["message"]
+
+
+# -----------------------------------------------------------------------------------------------
 # Errors
 # -----------------------------------------------------------------------------------------------
 
@@ -263,7 +332,7 @@ def test_metrics_are_what_prometheus_reads(server):
     ({"continue_final_message": True}, "continue_final_message"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
-    ({"tools": [{}]}, "tools"), ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"tools": [{}]}, "tools"), ({"response_format": {"type": "xml"}}, "response_format"),
     ({"messages": []}, "messages"), ({"messages": "hello"}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages"), ({"messages": [{"role": "user"}] * 4000},
                                                      "messages"),

@@ -181,6 +181,22 @@ def test_after_an_error_a_stream_gives_nothing():
     asyncio.run(work())
 
 
+def test_an_error_that_is_no_exception_reaches_who_asked():
+    """A panic of Rust code, as in a tokenizer, is none; the engine goes on."""
+    class Panic(BaseException):
+        pass
+
+    def fail(llm):
+        raise Panic
+
+    async def work(engine):
+        with pytest.raises(Panic):
+            await engine.call(fail)
+        assert engine.is_alive and await text_of(engine, QUESTION)
+
+    with_engine(work)
+
+
 def test_a_dead_engine_tells_all_who_wait():
     from nanovllm.serve import EngineDead
 
