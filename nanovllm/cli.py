@@ -4,13 +4,14 @@
 
 __all__ = [
     "ENGINE", "SAMPLING", "PLAYGROUND", "COMMANDS", "add_options", "options_of", "make_parser",
-    "add_server_options", "name_of", "serve_command", "generate_command", "chat_command",
-    "answer_aloud", "main",
+    "whole_below", "add_server_options", "name_of", "serve_command", "generate_command",
+    "chat_command", "answer_aloud", "main",
 ]
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields
 from functools import partial
@@ -67,20 +68,30 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def whole_below(limit: int) -> Callable[[str], int]:
+    """What makes of an option's text a number from 0 on, and below the limit."""
+    def number(text: str) -> int:
+        if not 0 <= int(text) < limit:
+            raise argparse.ArgumentTypeError(f"{text} is not from 0 to {limit - 1}")
+        return int(text)
+    return number
+
+
 def add_server_options(parser: argparse.ArgumentParser) -> None:
     """The options of `serve` alone."""
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine")
-    parser.add_argument("--port", type=int, default=8000, help="default: %(default)s; 0: any")
+    parser.add_argument("--port", type=whole_below(2**16), default=8000, metavar="N",
+                        help="default: %(default)s; 0: any")
     parser.add_argument("--api-key", default=os.environ.get("NANOVLLM_API_KEY"),
                         help="what clients must send; better in the variable NANOVLLM_API_KEY, "
                         "which other users do not see")
     parser.add_argument("--served-model-name", metavar="NAME", help="how clients call the model")
-    parser.add_argument("--max-waiting", type=int, default=256, metavar="N",
+    parser.add_argument("--max-waiting", type=whole_below(10**6), default=256, metavar="N",
                         help="requests that may wait before others are answered 429; default: "
                         "%(default)s")
     parser.add_argument("--request-timeout", type=float, default=600, metavar="SECONDS",
                         help="longest time of an answer; default: %(default)s")
-    parser.add_argument("--drain-timeout", type=int, default=30, metavar="SECONDS",
+    parser.add_argument("--drain-timeout", type=whole_below(10**6), default=30, metavar="SECONDS",
                         help="time for running answers after SIGTERM; default: %(default)s")
     parser.add_argument("--playground", action="store_true", help="for learning: a small pool, and "
                         "a page that pauses the engine, steps it and changes its limits")
@@ -105,6 +116,8 @@ def serve_command(args: argparse.Namespace) -> int:
         print(f"nanovllm serve needs nanovllm/serve, fastapi and uvicorn ({error}): "
               'pip install "nanovllm-taught[serve]"', file=sys.stderr)
         return 1
+    if not args.request_timeout > 0:
+        raise ValueError("--request-timeout must be more than 0 seconds")
     settings = {**(PLAYGROUND if args.playground else {}), **options_of(args, ENGINE)}
     return serve(partial(LLM, args.model, **settings), playground=args.playground,
                  model_name=args.served_model_name or name_of(args.model),
@@ -115,7 +128,7 @@ def serve_command(args: argparse.Namespace) -> int:
 
 def generate_command(args: argparse.Namespace) -> int:
     """Print the completion of each prompt; one prompt's comes piece by piece."""
-    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    prompts = args.prompts or [line.rstrip("\n") for line in sys.stdin or () if line.strip()]
     with LLM(args.model, **options_of(args, ENGINE)) as llm:
         params = llm.default_sampling_params(**options_of(args, SAMPLING))
         if len(prompts) == 1:
@@ -140,7 +153,7 @@ def chat_command(args: argparse.Namespace) -> int:
         while True:
             try:
                 question = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
+            except (EOFError, KeyboardInterrupt, RuntimeError):    # the last: there is no stdin
                 print()
                 return 0
             if question == "/new":

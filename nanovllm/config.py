@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .utils.checkpoint import check_hf_config, check_types, read_json
+from .utils.checkpoint import LOADING, check_hf_config, check_types, read_json
 from .utils.values import is_number, is_whole, plain, shown
 
 logger = logging.getLogger("nanovllm")
@@ -125,9 +125,10 @@ def read_hf_config(folder: str | os.PathLike[str]) -> Any:
                          "Hugging Face layout. Give the folder that holds config.json and weights")
     given = read_json(file)
     check_types(given)
-    from transformers import AutoConfig  # slow to import, so only when an engine is made
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with LOADING:
+            from transformers import AutoConfig  # slow to import, so only when an engine is made
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"model: cannot read {file}: {error}") from error
     check_hf_config(config, given, file.parent)
@@ -135,8 +136,8 @@ def read_hf_config(folder: str | os.PathLike[str]) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    """A whole number of at least 1."""
-    return is_whole(value) and value >= 1
+    """A whole number from 1 to 2**31 - 1."""
+    return is_whole(value) and 1 <= value < 2**31
 
 
 def _is_share(value: Any) -> bool:
@@ -149,7 +150,7 @@ def _is_seconds(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0
 
 
-_COUNT = ("a whole number of at least 1", _is_count)
+_COUNT = ("a whole number of at least 1 and below 2**31", _is_count)
 _FLAG = ("True or False", lambda value: isinstance(value, bool))
 _NAME = ("a string", lambda value: isinstance(value, str))
 # setting -> (what it must be, whether a value is that)

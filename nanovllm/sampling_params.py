@@ -12,7 +12,7 @@ from .utils.values import is_number, is_whole, plain, refuse_unknown, shown
 
 def _is_k(value: Any) -> bool:
     """None, or a whole number that is not negative."""
-    return value is None or is_whole(value) and value >= 0
+    return value is None or is_whole(value) and 0 <= value < 2**63
 
 
 def _is_bias(value: Any) -> bool:
@@ -49,14 +49,14 @@ _RULES_OF_PARAMS: dict[str, tuple[Any, str]] = {
     "top_k": (lambda k: is_whole(k) and 0 <= k < 2**31,
               "be a whole number below 2**31, 0 or -1 for no limit"),
     "top_p": (lambda p: is_number(p) and 0 < p <= 1, "lie in (0, 1], 1 for no limit"),
-    "max_tokens": (lambda n: n is None or is_whole(n) and n >= 1,
+    "max_tokens": (lambda n: n is None or is_whole(n) and 1 <= n < 2**63,
                    "be at least 1, or None for the model's limit"),
     "stop": (lambda texts: all(isinstance(text, str) and text for text in texts),
              "hold non-empty strings"),
     "seed": (lambda seed: seed is None or is_whole(seed) and -2**63 <= seed < 2**64,
              "be a whole number of 64 bits, or None"),
     "stop_token_ids": (lambda ids: all(is_whole(i) and i >= 0 for i in ids), "hold token ids"),
-    "min_tokens": (lambda n: is_whole(n) and n >= 0, "be a whole number of at least 0"),
+    "min_tokens": (lambda n: is_whole(n) and 0 <= n < 2**63, "be a whole number of at least 0"),
     "n": (lambda n: is_whole(n) and 1 <= n <= 2**14, "be a whole number from 1 to 16384"),
     "min_p": (lambda p: is_number(p) and 0 <= p <= 1, "lie in [0, 1], 0 for no limit"),
     "repetition_penalty": (lambda r: is_number(r) and 1e-3 <= r <= 1e3,

@@ -185,11 +185,11 @@ def test_the_package_does_not_grow():
     """With its rooms and their C, without nbdev's index.
 
     Most of them one need not read for an evening: 1,600 serve over HTTP, some 1,900 are checks of
-    files, the books after an error, processes, and the kernels that draw tokens; 250 are the
+    files, the books after an error, processes, and the kernels that draw tokens; 260 are the
     parameters that users of vLLM expect.
     """
     files = [p for p in exporter.LIB.rglob("*") if p.suffix in (".py", ".c", ".h")]
-    assert sum(lines(path) for path in files if path.name != "_modidx.py") <= 9050
+    assert sum(lines(path) for path in files if path.name != "_modidx.py") <= 9100
 
 
 def test_the_core_enters_rooms_by_their_doors():

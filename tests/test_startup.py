@@ -28,3 +28,25 @@ def test_first_token_on_a_cpu_loads_nothing_needless():
     assert loaded_after("from nanovllm import LLM\n"
                         "with LLM(device='cpu', num_kvcache_blocks=64) as llm:\n"
                         "    next(llm.stream('What is a block table?'))") == []
+
+
+def test_several_threads_make_the_first_engines():
+    """transformers imports its parts when they are asked for, and not for two threads at once."""
+    script = """
+import threading
+from nanovllm import LLM, SamplingParams
+made, wish = [], SamplingParams(temperature=0, max_tokens=3)
+
+def make():
+    with LLM(device="cpu", num_kvcache_blocks=8) as llm:
+        made.append(llm.generate([[5, 6, 7]], wish, use_tqdm=False)[0]["token_ids"])
+
+threads = [threading.Thread(target=make) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(made), len({*map(tuple, made)}))
+"""
+    done = run_python("-c", script)
+    assert done.stdout == "4 1\n", done.stderr

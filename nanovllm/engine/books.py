@@ -4,6 +4,7 @@
 
 __all__ = ["Books"]
 
+import os
 import threading
 from contextlib import contextmanager
 from typing import TypeVar
@@ -31,6 +32,8 @@ class Books:
         self._lock = threading.RLock()             # held to change any of these
         self._in_turn = self._is_closed = self._must_close = False
         self._is_sound = True                      # the last turn came to its end
+        os.register_at_fork(before=self._lock.acquire,         # a fork waits for the step's end
+                            after_in_parent=self._lock.release, after_in_child=self._lock.release)
 
     def __enter__(self: _Own) -> _Own:
         return self

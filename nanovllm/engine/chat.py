@@ -43,9 +43,16 @@ def with_plain_content(messages: list) -> list:
         raise ValueError('messages: content may be text, or a list of {"type": "text", "text": '
                          f'...}}; got a part {shown(part)}')
 
-    return [{**m, "content": "\n".join(map(text_of, m["content"]))}
-            if isinstance(m, dict) and isinstance(m.get("content"), (list, tuple)) else m
-            for m in messages]
+    def plain_message(message):
+        content = message.get("content", "") if isinstance(message, dict) else ""
+        if isinstance(content, (list, tuple)):
+            return {**message, "content": "\n".join(map(text_of, content))}
+        return {**message, "content": ""} if content is None else message  # tools were called
+
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError('messages: a conversation must be a list of {"role": ..., "content": ...}, '
+                        f"got {type(messages).__name__}")
+    return [plain_message(message) for message in messages]
 
 
 def chat_settings(kwargs: dict) -> dict:
@@ -53,7 +60,8 @@ def chat_settings(kwargs: dict) -> dict:
     if not isinstance(kwargs, dict):
         raise TypeError(f"chat_template_kwargs must be a dict, got {type(kwargs).__name__}")
     ours = {"return_dict": False, "tokenize": True}
-    if taken := {"conversation", "return_tensors", *ours} & {*kwargs}:
+    if taken := {"conversation", "return_tensors", "padding", "truncation", "max_length",
+                 "tokenizer_kwargs", "return_assistant_tokens_mask", *ours} & {*kwargs}:
         raise ValueError(f"chat_template_kwargs: {', '.join(sorted(taken))} cannot be chosen; "
                          "leave it out")
     return {"add_generation_prompt": not kwargs.get("continue_final_message"), **ours, **kwargs}

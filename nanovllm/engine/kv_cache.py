@@ -62,7 +62,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     with memory_for("num_kvcache_blocks: the KV cache does not fit into memory; choose fewer"):
         if device.type == "cuda":
             return torch.zeros(shape, dtype=dtype, device=device)
-        pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize)
+        own = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
+        pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize, **own)    # no fork's too
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except (AttributeError, OSError):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import Config
 from ..sampling_params import SamplingParams
-from ..utils.checkpoint import is_lfs_pointer, read_json
+from ..utils.checkpoint import LOADING, is_lfs_pointer, read_json
 from ..utils.values import is_whole, shown
 
 
@@ -65,12 +65,17 @@ class Detokenizer:
         if self.tokenizer is None or self.stopped:
             return
         known = self._decoded(self._start, self._read)
-        both = self._decoded(self._start, len(self.token_ids))
+        end = len(self.token_ids)
+        both = self._decoded(self._start, end)
         if both.endswith("\ufffd") and not final:
-            return                     # half a character: wait for the rest
+            end -= 8                   # half a character: wait for the rest
+            sooner = self._decoded(self._start, max(end, 0))
+            if end <= self._read or len(both) == len(sooner) or not both.startswith(sooner):
+                return
+            both = sooner              # it has not come in 8 tokens: those before stay as they are
         if len(both) > len(known):     # what decodes to nothing says nothing about spaces
             self._start = self._read
-        self._read = len(self.token_ids)
+        self._read = end
         self.text += both[len(known):]
         self._look_for_stop()
 
@@ -127,9 +132,10 @@ def load_tokenizer(folder: str | Path):
     for file in files:
         if is_lfs_pointer(file) or file.name in ("tokenizer_config.json", "added_tokens.json"):
             read_json(file)  # it names what is wrong; the larger ones only where one must be
-    from transformers import AutoTokenizer  # slow to import, so only when an engine is made
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with LOADING:
+            from transformers import AutoTokenizer  # slow to import: only when an engine is made
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         for file in files:
             if file.suffix == ".json":

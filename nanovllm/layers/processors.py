@@ -93,7 +93,7 @@ def _changed(seq, row: torch.Tensor) -> torch.Tensor:
             raise TypeError(f"logits_processors: {processor} must return logits of shape "
                             f"{tuple(row.shape)}, and returned {got}")
         row = new.to(row)
-    if not (row > -torch.inf).any():
+    if (row == -torch.inf).all():
         raise ValueError("the processors of this request leave no token to draw from")
     return row
 
@@ -163,13 +163,15 @@ def json_schema(schema: dict | str, tokenizer) -> Callable:
         schema, defaults={"whitespace_flexible": False})    # or it may go on with spaces for ever
     start = llguidance.LLMatcher(_vocabulary(tokenizer), grammar)
     if start.is_error():
-        raise ValueError(f"schema: {start.get_error()}")
+        raise ValueError("schema: " + start.get_error().partition("\n")[0])
 
     def process(completion: list[int], row: torch.Tensor) -> torch.Tensor:
         matcher = start.deep_copy()
         if not matcher.consume_tokens(completion):
             raise ValueError(f"the completion does not fit the schema: {matcher.get_error()}")
         packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)    # 8 tokens a byte
+        if matcher.is_error():                               # it leaves the end of text alone
+            raise ValueError("schema: " + matcher.get_error().partition("\n")[0])
         bits = torch.tensor(np.unpackbits(packed, bitorder="little")[:len(row)])
         allowed = torch.zeros_like(row, dtype=torch.bool)    # a vocabulary may be padded: longer
         allowed[:len(bits)] = bits.to(allowed)

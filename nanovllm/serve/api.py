@@ -15,6 +15,8 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -82,8 +84,9 @@ class Gate:
         """Whether a request may come in. The page and the health check hold no data."""
         if self.api_key is None or scope["path"] in ("/", "/health"):
             return True
-        given = Headers(scope=scope).get("authorization", "")
-        return secrets.compare_digest(given.encode(), f"Bearer {self.api_key}".encode())
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        is_right = secrets.compare_digest(key.encode("latin-1"), self.api_key.encode())
+        return scheme.lower() == "bearer" and is_right
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -160,10 +163,10 @@ class Service:
     def check_model(self, name: str) -> None:
         """BadRequest for another model's name; none means this one."""
         if name not in ("", self.model_name):
-            raise BadRequest(f"there is no model {name!r} here; there is {self.model_name!r}",
+            raise BadRequest(f"there is no model {name[:99]!r} here; there is {self.model_name!r}",
                              "model", "model_not_found", 404)
 
-    async def encode(self, function, *args) -> list:
+    async def encode(self, function, *args) -> Any:
         """What `function(tokenizer, *args)` makes; neither loop nor engine waits for it."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self.encoder, function, self.tokenizer, *args)
@@ -214,6 +217,11 @@ class Service:
             if output.get("error"):
                 raise RuntimeError(output["error"])
             usage.count(index, output)
+        whole = partial(self.whole, form, outputs, usage)
+        return whole(None) if form.num_likeliest is None else await self.encode(whole)
+
+    def whole(self, form: CompletionFormat, outputs: list[dict], usage: Usage, _) -> Response:
+        """All choices in one answer. With log-probabilities it may have 20 texts a token."""
         return json_response(
             {**envelope(form, self.model_name, False), "choices": [
                 form.choice(i, o["text"], o["finish_reason"],
@@ -262,10 +270,11 @@ class Service:
         if body.prompt is not None:
             ids = await self.encode(text_prompt, body.prompt, self.vocab_size)
         else:
-            ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs)
-        return json_response({"count": len(ids), "max_model_len": self.max_model_len,
-                              "tokens": ids,
-                              "token_strs": [token_text(self.tokenizer, t) for t in ids]})
+            ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs,
+                                    body.add_generation_prompt, body.continue_final_message)
+        return await self.encode(lambda tokenizer: json_response({
+            "count": len(ids), "max_model_len": self.max_model_len, "tokens": ids,
+            "token_strs": [token_text(tokenizer, t) for t in ids]}))
 
     async def models(self) -> Response:
         """GET /v1/models."""

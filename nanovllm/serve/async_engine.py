@@ -258,12 +258,16 @@ class AsyncEngine:
             if not stream.num_unfinished:
                 self.streams.discard(stream)
 
+    def fail_all(self, reason: str) -> None:
+        """End all streams by an EngineDead; called in the event loop."""
+        for stream in self.streams:
+            stream.fail(EngineDead(reason))
+
     def _end(self) -> None:
         """The thread is over: nobody waits any longer."""
         self._is_open = False
         self._ended.set()
-        for stream in self.streams:
-            stream.fail(EngineDead("the engine has stopped"))
+        self.fail_all("the engine has stopped")
         self.streams.clear()
         while not self._inbox.empty():           # who puts is in this thread: nothing comes later
             answer, *_ = self._inbox.get() or (None,)

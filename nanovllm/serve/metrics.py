@@ -4,7 +4,6 @@
 
 __all__ = ["BUCKETS", "Histogram", "Metrics"]
 
-import json
 from bisect import bisect_left
 from collections import Counter
 
@@ -62,7 +61,9 @@ class Metrics:
 
     def text(self, llm, model: str) -> str:
         """All of it in Prometheus' text format; vLLM's names where they mean the same."""
-        labels = f"model_name={json.dumps(model)}"
+        for sign, escaped in (("\\", r"\\"), ('"', r'\"'), ("\n", r"\n")):
+            model = model.replace(sign, escaped)
+        labels = f'model_name="{model}"'
         manager, scheduler, stats = llm.block_manager, llm.scheduler, llm.stats
         values = [                                  # name, kind, help, value
             ("num_requests_running", "gauge", "Requests that hold blocks.", len(scheduler.running)),

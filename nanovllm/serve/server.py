@@ -37,7 +37,9 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
         app = create_app(engine, model_name, api_key, limits, hosts, playground)
         server = uvicorn.Server(uvicorn.Config(
             app, host, port, log_level="info", access_log=False, lifespan="off",
-            timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=65))  # longer than clients
+            http="h11",                          # which lets no head of a request grow for ever
+            timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=65,   # longer than clients
+            use_colors=None if sys.stdout else False))
 
         def give_up() -> None:
             logger.error("the engine has died", exc_info=engine.error)
@@ -47,9 +49,17 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
         app.state.live.is_over = lambda: server.should_exit     # who only watches is not waited for
         before = {each: signal.signal(each, lambda *_: None)    # uvicorn raises it again at its end
                   for each in (signal.SIGTERM, signal.SIGINT)}
+        async def end_in_time() -> None:         # before uvicorn cuts off who is left
+            while not server.should_exit:
+                await asyncio.sleep(0.2)
+            await asyncio.sleep(max(0, drain_seconds - 1))
+            engine.fail_all("the server has stopped")
+
+        ending = asyncio.ensure_future(end_in_time())
         try:
             await server.serve()
         finally:
+            ending.cancel()
             for each, handler in before.items():
                 signal.signal(each, handler)
     return 0 if engine.error is None and server.started else 1

@@ -185,6 +185,36 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
     assert out == "7\n", err
 
 
+def test_in_a_process_that_is_forked_in_the_middle_of_a_step():
+    """The thread whose step it was does not exist there; its step is taken back."""
+    script = """
+import os, threading, time
+from nanovllm import LLM, SamplingParams
+llm = LLM(device="cpu", num_kvcache_blocks=16, check_books=True)
+wish, long = SamplingParams(temperature=0, max_tokens=3), SamplingParams(max_tokens=30)
+ask = lambda: llm.generate(["What is a block?"], wish, use_tqdm=False)[0]["token_ids"]
+want, is_over = ask(), threading.Event()
+
+def work():
+    while not is_over.is_set():
+        llm.generate([[1, 2, 3]] * 4, long, use_tqdm=False)
+
+thread, codes = threading.Thread(target=work), []
+thread.start()
+for i in range(8):
+    time.sleep(0.01 * i)
+    if (child := os.fork()) == 0:
+        os._exit(7 * (ask() == want))
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+is_over.set()
+thread.join()
+print(codes, ask() == want, flush=True)
+"""
+    with started(sys.executable, "-c", script, env=environment(OMP_NUM_THREADS="1")) as process:
+        out, err = process.communicate(timeout=60)
+    assert out == f"{[7] * 8} True\n", err
+
+
 def test_other_dtypes_have_no_kernels(caplog):
     caplog.set_level(logging.INFO, "nanovllm")
     assert load_kernels(torch.float16, 64) is None and not caplog.messages

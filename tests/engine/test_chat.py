@@ -64,7 +64,10 @@ def test_a_model_without_a_template_is_asked_in_text(demo, caplog):
 
 
 @pytest.mark.parametrize("kwargs, error", [
-    ({"tokenize": False}, ValueError), ({"return_dict": True}, ValueError), (["a"], TypeError)])
+    ({"tokenize": False}, ValueError), ({"return_dict": True}, ValueError), (["a"], TypeError),
+    # these change the tokenizer, and with it the prompts of other threads
+    ({"truncation": True, "max_length": 3}, ValueError), ({"padding": True}, ValueError),
+    ({"tokenizer_kwargs": {"truncation": True}}, ValueError)])
 def test_arguments_that_are_not_the_templates(kwargs, error):
     with pytest.raises(error, match="^chat_template_kwargs"):
         chat_settings(kwargs)
@@ -78,6 +81,10 @@ def test_content_in_parts_is_text(demo):
     assert prompt_of(demo, listed) == prompt_of(demo, BEGUN[:1])
     plain = [BEGUN[0], "no message"]
     assert with_plain_content(plain) == plain
+    called = {"role": "assistant", "content": None, "tool_calls": []}     # as OpenAI's clients say
+    assert with_plain_content([called]) == [{**called, "content": ""}]
+    with pytest.raises(TypeError, match="^messages: a conversation must be a list"):
+        demo.chat([None], ONE)
 
 
 @pytest.mark.parametrize("part", [{"type": "image_url", "image_url": {"url": "x"}}, 5, {},

@@ -56,6 +56,40 @@ def test_what_never_becomes_a_character_is_shown_at_the_end():
     assert detokenizer.text == "a\ufffd"
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_without_end_that_are_no_text(seed, tokenizer):
+    """Their text is the same, comes before the end, and is not decoded from its beginning."""
+    rng, longest = random.Random(seed), 0
+    halves = [i for i in range(1024) if tokenizer.decode([i]) == "\ufffd"]
+    ids = rng.choices(halves[:60] if seed else halves[:1], k=400)
+    if seed % 2:
+        ids[100:100] = tokenizer.encode("né🙂€ and text")
+
+    class Watched:
+        def decode(self, ids, **kwargs):
+            nonlocal longest
+            longest = max(longest, len(ids))
+            return tokenizer.decode(ids, **kwargs)
+
+    detokenizer = Detokenizer(Watched())
+    for number, token in enumerate(ids):
+        before = detokenizer.certain_text()
+        detokenizer.append(token)
+        assert detokenizer.certain_text().startswith(before)
+        assert number < 30 or detokenizer.text
+    detokenizer.finish()
+    assert detokenizer.text == tokenizer.decode(ids) and longest < 60
+
+
+def test_special_tokens_between_halves_are_no_text():
+    """However many: the rest of a character may still come."""
+    detokenizer = Detokenizer(Bytes())
+    for token in [0xf0, 0x9f] + [300] * 40 + [0x99, 0x82]:
+        detokenizer.append(token)
+        assert detokenizer.certain_text() in ("", "🙂")
+    assert detokenizer.certain_text() == "🙂"
+
+
 def test_special_tokens_are_no_text():
     detokenizer = Detokenizer(Bytes())
     for token in (97, 300, 98):

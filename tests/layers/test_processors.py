@@ -188,6 +188,19 @@ def test_json_that_fits_a_schema(demo):
         json_schema({"type": "nonsense"}, demo.tokenizer)
 
 
+def test_a_schema_that_nothing_fits_is_an_error(demo):
+    pytest.importorskip("llguidance")
+    process = json_schema({"$ref": "#"}, demo.tokenizer)
+    out, = demo.generate(["Say it:"], SamplingParams(logits_processors=process), False)
+    assert out["finish_reason"] == "error" and "schema" in out["error"] and len(out["error"]) < 200
+
+
+def test_a_processor_that_gives_no_numbers(demo):
+    out, = demo.generate(["a"], SamplingParams(logits_processors=lambda ids, row: row * torch.nan),
+                         False)
+    assert out["finish_reason"] == "nan"
+
+
 # -----------------------------------------------------------------------------------------------
 # Inside the engine
 # -----------------------------------------------------------------------------------------------

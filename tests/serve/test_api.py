@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
@@ -233,6 +234,11 @@ def test_models_health_metrics_tokenize(client, server, llm):
     assert told["count"] == client.chat.completions.create(**ASK).usage.prompt_tokens
 
 
+def test_a_name_in_the_metrics_is_escaped_as_prometheus_reads_it(server):
+    text = server.engine.metrics.text(server.engine.llm, 'mo"dèle\\漢\n')
+    assert r'model_name="mo\"dèle\\漢\n"' in text and text.count("\n\n") == 0
+
+
 def test_metrics_are_what_prometheus_reads(server):
     parser = pytest.importorskip("prometheus_client.parser")
     families = list(parser.text_string_to_metric_families(send(server.url, "/metrics")[2]))
@@ -332,7 +338,9 @@ def test_without_llguidance_a_form_is_refused(server, monkeypatch):
     ({"continue_final_message": True}, "continue_final_message"),
     ({"prompt_logprobs": 1}, "prompt_logprobs"),
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options"),
-    ({"tools": [{}]}, "tools"), ({"response_format": {"type": "xml"}}, "response_format"),
+    ({"guided_json": {}}, "guided_json"), ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+    ({"logit_bias": {"1" * 5000: 1}}, "logit_bias"), ({"tools": [{}]}, "tools"),
+    ({"response_format": {"type": "xml"}}, "response_format"),
     ({"messages": []}, "messages"), ({"messages": "hello"}, "messages"),
     ({"messages": [{"content": "x"}]}, "messages"), ({"messages": [{"role": "user"}] * 4000},
                                                      "messages"),
@@ -360,6 +368,38 @@ def test_a_wrong_prompt_is_named(server, prompt):
 def test_a_body_that_is_no_json_object(server, body):
     status, _, answer = send(server.url, "/v1/completions", body)
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error"), answer
+
+
+@pytest.mark.parametrize("path, change", [
+    ("/v1/completions", {"prompt": [1] * 300_000 + ["a"]}),
+    ("/v1/completions", {"prompt": [[1]] * 100_000 + ["a"]}),
+    ("/v1/completions", {"prompt": "a", "stop": [1] * 300_000}),
+    ("/v1/chat/completions", {"messages": [1] * 300_000}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [1] * 300_000}]}),
+    ("/tokenize", {"messages": [1] * 300_000})], ids=lambda value: str(value)[:30])
+def test_a_long_list_of_mistakes_holds_nobody_up(server, path, change):
+    """The check ends at the first: an error for each would take half a minute."""
+    start = time.perf_counter()
+    assert send(server.url, path, change)[0] == 400
+    assert time.perf_counter() - start < 5
+
+
+def test_tokenize_counts_what_a_chat_has(server):
+    for flags in ({}, {"add_generation_prompt": False},
+                  {"add_generation_prompt": False, "continue_final_message": True}):
+        body = {**ASK, **flags}
+        asked = send(server.url, "/v1/chat/completions", {**body, "max_tokens": 1})[2]
+        count = send(server.url, "/tokenize", body)[2]["count"]
+        assert count == asked["usage"]["prompt_tokens"]
+    wrong = {**ASK, "continue_final_message": True}
+    assert send(server.url, "/tokenize", wrong)[0] == 400
+
+
+def test_a_key_is_a_bearers_in_any_case():
+    with serving(partial(LLM, **demo_engine), api_key="schlüssel") as one:
+        for scheme, status in (("Bearer", 200), ("bearer", 200), ("Basic", 401)):
+            header = f"{scheme} schlüssel".encode().decode("latin-1")
+            assert send(one.url, "/v1/models", headers={"Authorization": header})[0] == status
 
 
 def test_other_addresses_models_and_methods(server, client):

@@ -58,6 +58,40 @@ def test_sigterm_lets_answers_end_and_exits_0():
         assert process.wait(30) == 0
 
 
+def test_what_does_not_end_in_time_ends_by_an_error():
+    """A stream says so, a whole answer is 503; neither is cut off without a word."""
+    with server(sys.executable, "-m", "nanovllm", "serve", "--port", "0", "--device", "cpu",
+                "--num-kvcache-blocks", "512", "--drain-timeout", "2") as (process, port):
+        found = {}
+        endless = {**ASK, "max_tokens": 4000, "ignore_eos": True, "n": 16}
+        threads = [threading.Thread(target=lambda stream=stream: found.update({stream: post(
+            port, {**endless, "stream": stream})})) for stream in (False, True)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        assert found[False][0] == 503 and "engine_dead" in found[False][1]
+        assert found[True][0] == 200 and found[True][1].endswith("data: [DONE]\n\n")
+        assert '"code": "engine_dead"' in found[True][1]
+        err = process.communicate(timeout=30)[1]
+        assert process.returncode == 0 and "Traceback" not in err, err
+
+
+@pytest.mark.parametrize("option, value", [
+    ("--port", "99999"), ("--port", "-1"), ("--max-waiting", "-600"), ("--drain-timeout", "-1"),
+    ("--request-timeout", "-1"), ("--request-timeout", "nan")])
+def test_numbers_that_cannot_be_meant(option, value, capsys):
+    from nanovllm.cli import main
+    try:
+        status = main(["serve", option, value])
+    except SystemExit as end:                    # argparse's
+        status = end.code
+    err = capsys.readouterr().err
+    assert status and option in err and "Traceback" not in err and len(err) < 3000
+
+
 def test_ctrl_c_ends_an_idle_server_with_0():
     code = ("from nanovllm import LLM\nfrom nanovllm.serve.server import serve\nimport sys, time\n"
             "class Slow(LLM):\n"

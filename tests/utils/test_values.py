@@ -30,6 +30,25 @@ def test_whole_numbers_and_numbers():
 def test_an_error_can_show_every_value():
     assert shown("a") == "'a'" and len(shown("x" * 10**6)) == 200
     assert "digits" in shown(10**5000)            # Python refuses to print it
+    assert shown((10**5000,)) == "a tuple that cannot be shown"
+
+
+@pytest.mark.parametrize("name", ["max_model_len", "num_kvcache_blocks", "kvcache_block_size",
+                                  "max_num_seqs"])
+@pytest.mark.parametrize("value", [10**5000, 2**62, 2**31], ids=["long", "2**62", "2**31"])
+def test_absurd_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=f"^{name} must be a whole number"):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "min_tokens", "logprobs", "stop", "seed", "top_k",
+                                  "stop_token_ids", "logits_processors", "n"])
+def test_absurd_parameters_are_named(name):
+    with pytest.raises(ValueError, match=f"^{name} must"):
+        SamplingParams(**{name: -10**5000})
+    if name not in ("stop_token_ids",):
+        with pytest.raises(ValueError, match=f"^{name} must"):
+            SamplingParams(**{name: 10**5000})
 
 
 @pytest.mark.parametrize("name, value", [
