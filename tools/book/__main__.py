@@ -51,7 +51,7 @@ def build(out: Path, address: str) -> list[str]:
     source, html, warnings = out / "source", out / "html", out / "warnings.txt"
     shutil.rmtree(html, ignore_errors=True)
     index = pages.write(source, address)
-    os.environ["BOOK_REPOSITORY"] = address
+    os.environ["BOOK_REPOSITORY"], os.environ["BOOK_SEARCH"] = address, str(source / "search.js")
     status = build_main(["-q", "-b", "html", "-c", str(Path(__file__).parent), "-j", "2", "-w",
                          str(warnings), "-d", str(out / "doctrees"), str(source), str(html)])
     if status:

@@ -13,8 +13,8 @@ _address = os.environ.get("BOOK_REPOSITORY", "")
 project = "nano-vLLM, taught"
 author, copyright = _settings["author"], _settings["copyright"]
 version = release = _settings["version"]
-extensions = ["myst_nb", "sphinx_copybutton", "sphinxcontrib.mermaid"]
-templates_path, html_static_path = [], ["static"]
+extensions = ["myst_nb", "sphinx_copybutton"]
+templates_path, html_static_path = ["templates"], ["static"]
 if _formulas := find_spec("sphinx-mathjax-offline"):  # MathJax in the site: no other server
     html_static_path += [f"{_formulas.submodule_search_locations[0]}/static"]
     mathjax_path = "mathjax/tex-chtml.js"
@@ -28,8 +28,6 @@ nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_dmath_double_inline = True
 myst_heading_anchors = 4
-myst_fence_as_directive = ["mermaid"]
-mermaid_height = "auto"
 suppress_warnings = [
     "mystnb.unknown_mime_type", "misc.highlighting_failure", "myst.header",
     "config.cache",             # nothing here is worth a cache
@@ -37,7 +35,9 @@ suppress_warnings = [
 
 html_theme = "sphinx_book_theme"
 html_title = project
-html_css_files = ["book.css"]
+html_css_files, html_favicon = ["book.css"], "static/icon.svg"
+html_search_scorer = os.environ["BOOK_SEARCH"]
+html_context = {"default_mode": "auto"}
 html_copy_source, html_show_sourcelink = True, False
 html_theme_options = {
     "home_page_in_toc": True, "show_toc_level": 2, "show_navbar_depth": 1,
@@ -46,5 +46,7 @@ html_theme_options = {
 if _address:
     html_theme_options.update(
         repository_url=_address, repository_branch=_settings.get("branch", "main"),
-        use_repository_button=True, use_source_button=True,
-        launch_buttons={"colab_url": "https://colab.research.google.com"})
+        repository_provider="gitlab" if "gitlab" in _address else "github",
+        use_repository_button=True, use_source_button=True)
+if _address.startswith("https://github.com/"):
+    html_theme_options["launch_buttons"] = {"colab_url": "https://colab.research.google.com"}

@@ -8,6 +8,7 @@ the file's text.
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import posixpath
 import re
@@ -23,7 +24,9 @@ EXPORT = re.compile(r"#\| *exporti? +([\w.]+)")
 C_CELL = re.compile(r"%%c +(\S+)[^\S\n]*\n")
 LANGUAGES = {".py": "python", ".c": "c", ".h": "c", ".toml": "toml", ".ini": "ini", ".json": "json",
              ".md": "markdown", ".sh": "bash", ".yml": "yaml"}
-PROMPTS = {"code_prompt_show": "Show the answer", "code_prompt_hide": "Hide the answer"}
+SEARCH = Path(__file__).parent / "search.js"
+EXERCISE = re.compile(r"\*\*(\d+)[ .·]")           # how an exercise begins
+SERIES = re.compile(r'answer\("(exercise_\w+_)1"\)')  # names that all exercises of a day share
 FIRST = ["glossary.md", "map.md", "vllm.md", "scaling.md", "benchmarks.md", "ablation.md",
          "contributing.md"]
 
@@ -56,7 +59,12 @@ def write(dest: Path, address: str) -> dict[str, str]:
     for notebook in notebooks:
         write_notebook(site, notebook)
     for page in [*docs, *chinese, *changes]:
-        put(site, name_of(page), relink(site, page.read_text(encoding="utf-8"), name_of(page)))
+        text = page.read_text(encoding="utf-8")
+        if page.name == "glossary.md":
+            text = with_sections(site, text)
+        put(site, name_of(page), relink(site, text, name_of(page)))
+    for picture in (ROOT / "docs").glob("*.svg"):
+        shutil.copy(picture, site.dest / "docs")
     write_api(site)
     parts = {"Seven days": day_notebooks(), "Two rooms": list(appendices().values()),
              "To look up": docs, "The package": [Path("api/index.md")], "More": chinese + changes}
@@ -85,8 +93,7 @@ def relink(site: Site, text: str, here: str) -> str:
     parts = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
     for i in range(0, len(parts), 2):
         parts[i] = LINK.sub(lambda link: new_link(site, *link.groups(), here), parts[i])
-    # a column of text is narrow: a drawing that runs downwards keeps its letters readable
-    return "".join(parts).replace("```mermaid\nflowchart LR", "```mermaid\nflowchart TB")
+    return "".join(parts)
 
 
 def new_link(site: Site, text: str, target: str, here: str) -> str:
@@ -124,6 +131,48 @@ def source_page(site: Site, place: str) -> str:
     return f"files/{place}.md"
 
 
+def with_sections(site: Site, text: str) -> str:
+    """The glossary with its first letters as links, and links that open a section of a day.
+
+    The search of the site is told as well where a term is taught.
+    """
+    terms = re.findall(r"^### (.+)$", text, re.MULTILINE)
+    letters = {term[0].upper(): slug(term) for term in reversed(terms)}
+    line = " · ".join(f"[{letter}](#{letters[letter]})" for letter in sorted(letters))
+    text = re.sub(r"^\[ablation\].*$", lambda all_terms: f"{line}\n\n{all_terms[0]}", text, count=1,
+                  flags=re.MULTILINE)
+    entries, taught = re.split(r"^(?=### )", text, flags=re.MULTILINE), {}
+    for i, term in enumerate(terms, 1):
+        for notebook in re.findall(r"\(\.\./(nbs/[\w/]+\.ipynb)\)", entries[i]):
+            if title := section_about(notebook, term):
+                taught.setdefault(term, (notebook.removesuffix(".ipynb"), title.replace("`", "")))
+                entries[i] = entries[i].replace(f"{notebook})", f"{notebook}#{slug(title)})")
+    put(site, "search.js", f"const TAUGHT = {json.dumps(taught)};\n{SEARCH.read_text('utf-8')}")
+    return "".join(entries)
+
+
+def section_about(notebook: str, term: str) -> str:
+    """The title of a notebook's section that tells most about a term, or nothing."""
+    word = re.escape(term.lower().replace("-", " ").rstrip("s"))
+    best, found = 0, ""
+    for title, text in sections(notebook):
+        title_, text_ = (x.lower().replace("-", " ").replace("`", "") for x in (title, text))
+        score = 100 * len(re.findall(rf"\b{word}", title_)) + len(re.findall(rf"\b{word}", text_)) \
+            + 5 * len(re.findall(rf"\*{word}", text_))      # where it is emphasised
+        if score > best:
+            best, found = score, title
+    return found
+
+
+@functools.cache
+def sections(notebook: str) -> list[tuple[str, str]]:
+    """Title and text of each section of a notebook."""
+    cells = json.loads((ROOT / notebook).read_text(encoding="utf-8"))["cells"]
+    text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    parts = re.split(r"^#{2,4} +(.+)$", text, flags=re.MULTILINE)
+    return list(zip(parts[1::2], parts[2::2]))
+
+
 def write_sources(site: Site) -> None:
     """The pages that show a file each."""
     for place, path in site.sources.items():
@@ -139,12 +188,14 @@ def write_sources(site: Site) -> None:
 
 def write_notebook(site: Site, path: Path) -> None:
     """A copy for the site: links, folded cells, and an anchor where a name is defined."""
-    here, cells, solutions = name_of(path), [], answers()
+    here, cells, told, is_exercise = name_of(path), [], Answers(answers()), False
     notebook = json.loads(path.read_text(encoding="utf-8"))
     for number, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            cells += with_answers(relink(site, source, here), solutions, number)
+            if titles := re.findall(r"^#+ .*", source, re.MULTILINE):
+                is_exercise = "Exercises" in titles[-1]
+            cells += told.beside(relink(site, source, here))
             continue
         if found := EXPORT.search(source):
             cells.append(markdown(announce(site, source, found[1], here), f"defines-{number}"))
@@ -158,8 +209,8 @@ def write_notebook(site: Site, path: Path) -> None:
         for output in cell["outputs"]:
             if shown := output.get("data", {}).get("text/markdown"):
                 output["data"]["text/markdown"] = relink(site, "".join(shown), here)
-        cells.append({**cell, "metadata": shown_as(cell)})
-    notebook["cells"] = cells
+        cells.append({**cell, "metadata": shown_as(cell, is_exercise)})
+    notebook["cells"] = cells + told.due()
     notebook["metadata"] = {"kernelspec": {"name": "python3", "display_name": "Python 3",
                                            "language": "python"}}
     put(site, here, json.dumps(notebook))
@@ -178,23 +229,68 @@ def answers(folder: Path | None = None) -> dict[str, str]:
     return found
 
 
-def with_answers(text: str, solutions: dict[str, str], number: int) -> list[dict]:
-    """The cells for a text: after a paragraph that names an answer, the answer behind a click."""
-    cells, waiting = [], []
-    for paragraph in re.split(r"\n{2,}(?=\S)", text):
-        waiting.append(paragraph)
-        named = [name for name in re.findall(r'answer\("(\w+)"\)', paragraph) if name in solutions]
-        if named:
-            cells.append(markdown("\n\n".join(waiting), f"text-{number}-{len(cells)}"))
-            waiting = []
-        for name in named:
-            cells.append({
-                "cell_type": "code", "id": f"answer-{number}-{len(cells)}", "outputs": [],
-                "execution_count": None, "source": solutions[name],
-                "metadata": {"tags": ["hide-input"], "mystnb": PROMPTS}})
-    if waiting:
-        cells.append(markdown("\n\n".join(waiting), f"text-{number}-{len(cells)}"))
-    return cells
+@dataclass
+class Answers:
+    """Puts the answers of a notebook behind a click, where they are named or their exercise ends.
+
+    Where a line says once that `answer("exercise_4_1")` … have them, the exercises are counted.
+    """
+    solutions: dict[str, str]
+    series: str = ""                     # "exercise_4_", once a text has said it
+    waiting: str = ""                    # the answer that comes when the present exercise is over
+    made: int = 0                        # cells so far
+
+    def beside(self, text: str) -> list[dict]:
+        """The cells for a text, answers among them."""
+        cells, paragraphs = [], []
+
+        def end_text():
+            if paragraphs:
+                self.made += 1
+                cells.append(markdown("\n\n".join(paragraphs), f"text-{self.made}"))
+                paragraphs.clear()
+
+        for paragraph in re.split(r"\n{2,}(?=\S)", text):
+            begins = EXERCISE.match(paragraph) if self.series else None
+            if self.waiting and (begins or paragraph.startswith("#")):
+                end_text()
+                cells += self.due()
+            if begins and self.series + begins[1] in self.solutions:
+                self.waiting = self.series + begins[1]
+            paragraphs.append(paragraph)
+            if found := SERIES.search(paragraph):
+                self.series = found[1]
+                continue
+            for name in re.findall(r'answer\("(\w+)"\)', paragraph):
+                if name in self.solutions:
+                    end_text()
+                    cells.append(self.folded(name))
+        end_text()
+        return cells
+
+    def due(self) -> list[dict]:
+        """The answer that waits for the end of its exercise, if there is one."""
+        name, self.waiting = self.waiting, ""
+        return [self.folded(name)] if name else []
+
+    def folded(self, name: str) -> dict:
+        """A cell with one solution, and with another that its text sends the reader to."""
+        self.made += 1
+        others = re.findall(r'answer\("(\w+)"\)', self.solutions[name])
+        title = name
+        if number := re.fullmatch(r"exercise_(\w)_(\d+)", name):
+            title = f"exercise {number[1].upper()}.{number[2]}"
+        elif name.startswith("exercise_"):
+            title = name.removeprefix("exercise_").replace("_", " ")
+        return {"cell_type": "code", "id": f"answer-{self.made}", "outputs": [],
+                "execution_count": None,
+                "source": "\n\n\n".join(self.solutions[n] for n in [*others, name]),
+                "metadata": {"tags": ["hide-input"], "mystnb": prompts(f"the answer: {title}")}}
+
+
+def prompts(what: str) -> dict[str, str]:
+    """What a fold says, closed and open."""
+    return {"code_prompt_show": f"Show {what}", "code_prompt_hide": f"Hide {what}"}
 
 
 def markdown(text: str, identity: str) -> dict:
@@ -202,27 +298,42 @@ def markdown(text: str, identity: str) -> dict:
     return {"cell_type": "markdown", "id": identity, "metadata": {}, "source": text}
 
 
-def shown_as(cell: dict) -> dict:
+def shown_as(cell: dict, is_exercise: bool = False) -> dict:
     """The metadata that folds a cell: code of figures, answers; and the text for an image."""
     tags, jupyter = cell["metadata"].get("tags", []), cell["metadata"].get("jupyter", {})
-    settings = {}
+    source, settings = "".join(cell["source"]), {}
     for output in cell["outputs"]:
         alt = output.get("metadata", {}).get("image/png", {}).get("alt")
         settings = {"image": {"alt": alt}} if alt else settings
     if "answer" in tags:
         tags = ["hide-cell"]
-        settings |= PROMPTS
-    elif "hide-input" not in tags and (jupyter.get("source_hidden") or is_imports(cell)):
+        settings |= prompts("the answer")
+    elif "your-turn" in tags:                                # to be read before it is written
+        tags = ["your-turn"]
+    elif "hide-input" in tags or jupyter.get("source_hidden") or is_imports(source):
         tags = [*tags, "hide-input"]
+        names = list(dict.fromkeys(n for n in defined_in(source) if "." not in n))
+        what = "the code of the figure" if settings else \
+            "the imports" if is_imports(source) else \
+            f"the code: {', '.join(names)}" if 0 < len(names) < 5 else "the code"
+        settings |= prompts(what)
+    elif is_exercise and any(output["output_type"] == "stream" for output in cell["outputs"]) \
+            and not source.startswith("grade("):
+        tags = ["hide-output"]                               # first the reader predicts it
+        settings |= prompts("what it prints")
     return {"tags": tags, **({"mystnb": settings} if settings else {})}
 
 
-def is_imports(cell: dict) -> bool:
+def is_imports(source: str) -> bool:
     """Whether a long cell does little but import: a reader of the book may skip it."""
-    lines = [line for line in "".join(cell["source"]).split("\n") if line.strip()]
-    imports = [line for line in lines if line.startswith(("import ", "from ", " "))]
-    return len(lines) > 9 and len(imports) > .6 * len(lines) and lines[0].startswith(
-        ("import ", "from "))
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:                                      # a magic, or `await` alone
+        return False
+    lines = sum(node.end_lineno - node.lineno + 1 for node in body)
+    imports = sum(node.end_lineno - node.lineno + 1 for node in body
+                  if isinstance(node, (ast.Import, ast.ImportFrom)))
+    return lines > 9 and imports > .6 * lines
 
 
 def goes_to(place: str, link: str) -> str:
@@ -281,14 +392,15 @@ def signature(node) -> str:
             return "\n    ".join([head + (":" if fields else ""), *fields])
         return f"{head}:\n    def __init__({ast.unparse(made.args)})"
     returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"def {node.name}({ast.unparse(node.args)}){returns}"
+    above = "".join(f"@{ast.unparse(decorator)}\n" for decorator in node.decorator_list)
+    return f"{above}def {node.name}({ast.unparse(node.args)}){returns}"
 
 
 def entry(site: Site, module: str, node, owner: str = "") -> str:
     """The text about one class, function or method."""
     name = f"{owner}.{node.name}" if owner else node.name
     cell = site.names.get(f"{module}.{name}")
-    text = [f"{'###' if owner else '##'} {name}",
+    text = [f"{'###' if owner else '##'} {plain(name)}",
             f"```python\n{signature(node)}\n```"]
     if doc := ast.get_docstring(node):
         text.append(plain(doc))
@@ -323,13 +435,14 @@ def write_api(site: Site) -> None:
                  or name.rsplit(".", 2)[0] == module]
         told = " · ".join(f'<a href="../{nb}">{Path(nb).stem}</a>'
                           for nb in dict.fromkeys(cell.partition("#")[0] for cell in cells))
-        body = [f"# {module}", plain(doc), f"`{place}`" + f" · written in {told}" * bool(told)]
+        body = [f"# {plain(module)}", plain(doc),
+                f"`{place}`" + f" · written in {told}" * bool(told)]
         body += [entry(site, module, node) for node in tree.body
                  if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
         body += [f"## The whole file\n\n```{{code-block}} python\n:linenos:\n\n{text}\n```"]
         put(site, page, "\n\n".join(part for part in body if part) + "\n")
         if text:
-            rows.append(f"| [{place}]({Path(page).name}) | {plain(doc.partition(chr(10))[0])} |")
+            rows.append(f"| [`{place}`]({Path(page).name}) | {plain(doc.partition(chr(10))[0])} |")
         toc.append(Path(page).name)
     put(site, "api/index.md", "# The package, file by file\n\nEach page has a module's classes and "
         "functions with their docstrings, links to the cells that define them, and the whole file."
@@ -340,6 +453,9 @@ def write_api(site: Site) -> None:
 def write_index(site: Site, parts: dict[str, list[Path]]) -> None:
     """The first page: the README, and the order of all pages."""
     text = relink(site, (ROOT / "README.md").read_text(encoding="utf-8"), "README.md")
+    if site.address:
+        folder = site.address.rpartition("/")[2].removesuffix(".git")
+        text = text.replace("```bash\n", f"```bash\ngit clone {site.address} && cd {folder}\n", 1)
     for caption, paths in parts.items():
         listed = "\n".join(name_of(path) for path in paths)
         if listed:

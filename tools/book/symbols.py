@@ -13,6 +13,9 @@ INLINE = re.compile(r'(<code class="docutils literal notranslate"><span class="p
                     r'((?:\(\))?</span></code>)')
 FILE = re.compile(r'(<code class="docutils literal notranslate"><span class="pre">)'
                   r'((?:nanovllm/)?[\w/]+\.py)(</span></code>)')
+OTHER = "GeeeekExplorer/nano-vllm"   # its files have the names of ours
+CELL = re.compile(r"<td\b.*?</td>", re.DOTALL)
+WORD = re.compile(r'(<span class="pre">)([^<]+)')
 DOT = '<span class="o">.</span>'
 TAG = re.compile(r"<(/?)(a|h[1-6]|nav|head|title|script)\b[^>]*>")
 
@@ -63,17 +66,31 @@ def linked(text: str, names: dict[str, str], here: str) -> str:
             return match[0]
         return f'<a class="symbol" href="{target(name)}">{match[0]}</a>'
 
-    def in_text(match):
-        if match[2] not in names or len(match[2]) < 4:
+    def in_text(match):    # a bare word in lower case may mean anything: `stop`, `text`
+        name = match[2]
+        is_sure = "." in name or name[0].isupper() or match[3].startswith("()")
+        if name not in names or name.endswith(".py") or len(name) < 4 or not is_sure:
             return match[0]
-        return f'<a class="symbol" href="{target(match[2])}">{match[0]}</a>'
+        return f'<a class="symbol" href="{target(name)}">{match[0]}</a>'
 
-    def both(part):
-        return FILE.sub(in_text, INLINE.sub(in_text, NAME.sub(in_code, part)))
+    def in_part(start, end):
+        def file(match):
+            place = start + match.start()
+            block = max(text.rfind(tag, 0, place) for tag in ("<p>", "<li>", "<td"))
+            if match[2] not in names or OTHER in text[max(block, 0):place]:
+                return match[0]
+            return f'<a class="symbol" href="{target(match[2])}">{match[0]}</a>'
+
+        return INLINE.sub(in_text, NAME.sub(in_code, FILE.sub(file, text[start:end])))
 
     result, depth, last = [], 0, 0
     for tag in TAG.finditer(text):
-        part = text[last:tag.start()]
-        result += [part if depth else both(part), tag[0]]
+        part = text[last:tag.start()] if depth else in_part(last, tag.start())
+        result += [part, tag[0]]
         depth, last = max(0, depth + (-1 if tag[1] else 1)), tag.end()
-    return "".join([*result, both(text[last:])])
+    return CELL.sub(with_breaks, "".join([*result, in_part(last, len(text))]))
+
+
+def with_breaks(cell: re.Match) -> str:
+    """A cell of a table whose paths and names may be broken after `/` and `_`."""
+    return WORD.sub(lambda word: word[1] + re.sub(r"([/_])(?=\w)", r"\1<wbr>", word[2]), cell[0])
