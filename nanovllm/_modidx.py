@@ -1116,7 +1116,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'nanovllm.utils.context.set_context': ('foundations.html#set_context', 'nanovllm/utils/context.py'),
                                         'nanovllm.utils.context.use_context': ( 'foundations.html#use_context',
                                                                                 'nanovllm/utils/context.py')},
-            'nanovllm.utils.device': {'nanovllm.utils.device.on_device': ('scheduler.html#on_device', 'nanovllm/utils/device.py')},
+            'nanovllm.utils.device': {'nanovllm.utils.device.on_device': ('model.html#on_device', 'nanovllm/utils/device.py')},
             'nanovllm.utils.distributed': { 'nanovllm.utils.distributed.PrivateStore': ( 'parallel.html#privatestore',
                                                                                          'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.PrivateStore.__init__': ( 'parallel.html#privatestore.__init__',

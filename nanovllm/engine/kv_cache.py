@@ -10,6 +10,7 @@ __all__ = [
 import ctypes
 import mmap
 import os
+from contextlib import suppress
 
 import torch
 
@@ -64,10 +65,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
             return torch.zeros(shape, dtype=dtype, device=device)
         own = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
         pages = mmap.mmap(-1, torch.Size(shape).numel() * dtype.itemsize, **own)    # no fork's too
-    try:
+    with suppress(AttributeError, OSError):      # a system without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
-    except (AttributeError, OSError):
-        pass                           # a system without huge pages
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 

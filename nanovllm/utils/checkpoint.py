@@ -80,8 +80,7 @@ def check_types(given: dict) -> None:
     must_be(all(isinstance(n, str) for n in names), "architectures", names, "a list of strings")
     for name in ("dtype", "torch_dtype"):
         kind = "float32" if given.get(name) is None else given[name]
-        must_be(isinstance(getattr(torch, kind, None), torch.dtype), name, kind,
-                'the name of a dtype, as "bfloat16"')
+        must_be(isinstance(getattr(torch, kind, None), torch.dtype), name, kind, "a dtype's name")
 
 
 def check_sizes(config) -> None:

@@ -51,8 +51,7 @@ def checkpoint_files(folder: str | Path) -> list[Path]:
     if index.is_file():
         names = read_json(index).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else []
-        if not names or not all(isinstance(n, str) and n and Path(n).name == n and len(n) < 256
-                                for n in names):
+        if not (names and all(isinstance(n, str) and n and Path(n[:255]).name == n for n in names)):
             raise ValueError(f"model: {index}: weight_map must be an object that names files of "
                              "this folder; fetch it again")
         files = sorted(folder / name for name in set(names))

@@ -30,7 +30,7 @@ def test_whole_numbers_and_numbers():
 def test_an_error_can_show_every_value():
     assert shown("a") == "'a'" and len(shown("x" * 10**6)) == 200
     assert "digits" in shown(10**5000)            # Python refuses to print it
-    assert shown((10**5000,)) == "a tuple that cannot be shown"
+    assert "digits" in shown((10**5000,))
 
 
 @pytest.mark.parametrize("name", ["max_model_len", "num_kvcache_blocks", "kvcache_block_size",
