@@ -66,7 +66,7 @@ def write(dest: Path, address: str) -> dict[str, str]:
     for picture in (ROOT / "docs").glob("*.svg"):
         shutil.copy(picture, site.dest / "docs")
     write_api(site)
-    parts = {"Seven days": day_notebooks(), "Two rooms": list(appendices().values()),
+    parts = {"Seven days": day_notebooks(), "Appendices": list(appendices().values()),
              "To look up": docs, "The package": [Path("api/index.md")], "More": chinese + changes}
     write_index(site, parts)
     write_sources(site)
