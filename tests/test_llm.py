@@ -179,7 +179,7 @@ def test_chat(demo):
 @pytest.mark.parametrize("messages, error, complaint", [
     ("What is RoPE?", TypeError, "messages must be a list"), (None, TypeError, "messages must be"),
     ([{"role": "user"}], ValueError, "chat template refuses"),
-    (["hello"], ValueError, "chat template refuses")])
+    (["hello"], TypeError, "a conversation must be a list"), ([None], TypeError, "got NoneType")])
 def test_bad_messages(messages, error, complaint, demo):
     with pytest.raises(error, match=complaint):
         demo.chat(messages, GREEDY)
