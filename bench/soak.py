@@ -219,10 +219,9 @@ def kill_workers(model: str, times: int, seed: int, tell) -> float:
     import psutil
     from nanovllm import LLM, SamplingParams
     wish, rng, longest = SamplingParams(max_tokens=2000, ignore_eos=True), random.Random(seed), 0.0
-    for time_number in range(times):
+    for number in range(times):
         before = {child.pid for child in psutil.Process().children(recursive=True)}
         with LLM(model, device="cpu", tensor_parallel_size=2, num_kvcache_blocks=200) as llm:
-            llm.add_request([1, 2, 3], wish)
             workers = [child for child in psutil.Process().children(recursive=True)
                        if child.pid not in before]
             delay = rng.uniform(0, 0.1)
@@ -230,14 +229,16 @@ def kill_workers(model: str, times: int, seed: int, tell) -> float:
             killer.start()
             try:
                 while time.perf_counter() - start < 60:
-                    llm.step() if llm.requests else llm.add_request([1, 2, 3], wish)
+                    if not llm.requests:
+                        llm.add_request([1, 2, 3], wish)
+                    llm.step()
                 raise AssertionError("a worker was killed, and 60 s later steps go on")
             except RuntimeError:                    # which says that a worker has ended
                 longest = max(longest, time.perf_counter() - start - delay)
             killer.join()
         if left := psutil.wait_procs(workers, timeout=10)[1]:
             raise AssertionError(f"{len(left)} workers outlive their engine")
-        tell(progress=time_number + 1)
+        tell(progress=number + 1)
     return longest
 
 

@@ -37,9 +37,12 @@ def find_culprits(scheduler: Scheduler, batch: list[ScheduledRow], compute: Call
                 raise
             return f"{type(error).__name__}: {error}"
 
-    if not signals.has_raised and hasattr(failure, "seq_id"):
+    ids = [row.seq.seq_id for row in batch]
+    if signals.has_raised:
+        return {}
+    if getattr(failure, "seq_id", None) in ids:
         return {failure.seq_id: f"{type(failure).__name__}: {failure}"}
-    if signals.has_raised or not is_fault(failure) or error_of(Sequence([0])):    # harmless
-        return {}                                            # so it is nobody's fault
+    if not is_fault(failure) or error_of(Sequence([0])):     # harmless; so it is nobody's fault
+        return {}
     errors = {row.seq.seq_id: error_of(row.seq) for row in batch}
     return {seq_id: error for seq_id, error in errors.items() if error}

@@ -15,7 +15,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -217,11 +216,13 @@ class Service:
             if output.get("error"):
                 raise RuntimeError(output["error"])
             usage.count(index, output)
-        whole = partial(self.whole, form, outputs, usage)
-        return whole(None) if form.num_likeliest is None else await self.encode(whole)
+        if form.num_likeliest is None:
+            return self.whole(self.tokenizer, form, outputs, usage)
+        return await self.encode(self.whole, form, outputs, usage)   # perhaps 20 texts a token
 
-    def whole(self, form: CompletionFormat, outputs: list[dict], usage: Usage, _) -> Response:
-        """All choices in one answer. With log-probabilities it may have 20 texts a token."""
+    def whole(self, tokenizer, form: CompletionFormat, outputs: list[dict],
+              usage: Usage) -> Response:
+        """All choices in one answer."""
         return json_response(
             {**envelope(form, self.model_name, False), "choices": [
                 form.choice(i, o["text"], o["finish_reason"],

@@ -61,7 +61,7 @@ class Metrics:
 
     def text(self, llm, model: str) -> str:
         """All of it in Prometheus' text format; vLLM's names where they mean the same."""
-        for sign, escaped in (("\\", r"\\"), ('"', r'\"'), ("\n", r"\n")):
+        for sign, escaped in (("\\", r"\\"), ('"', r'\"'), ("\n", r"\n")):   # all that there are
             model = model.replace(sign, escaped)
         labels = f'model_name="{model}"'
         manager, scheduler, stats = llm.block_manager, llm.scheduler, llm.stats

@@ -39,7 +39,7 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
             app, host, port, log_level="info", access_log=False, lifespan="off",
             http="h11",                          # which lets no head of a request grow for ever
             timeout_graceful_shutdown=drain_seconds, timeout_keep_alive=65,   # longer than clients
-            use_colors=None if sys.stdout else False))
+            use_colors=None if sys.stdout else False))       # a daemon may have closed it
 
         def give_up() -> None:
             logger.error("the engine has died", exc_info=engine.error)
@@ -49,6 +49,7 @@ async def run_server(make: Callable[[], LLM], model_name: str = "demo", host: st
         app.state.live.is_over = lambda: server.should_exit     # who only watches is not waited for
         before = {each: signal.signal(each, lambda *_: None)    # uvicorn raises it again at its end
                   for each in (signal.SIGTERM, signal.SIGINT)}
+
         async def end_in_time() -> None:         # before uvicorn cuts off who is left
             while not server.should_exit:
                 await asyncio.sleep(0.2)

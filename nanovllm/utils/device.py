@@ -17,6 +17,6 @@ def on_device(device: torch.device):
             settings.enter_context(torch.cuda.device(device))
         if torch.is_autocast_enabled(device.type):
             settings.enter_context(torch.autocast(device.type, enabled=False))
-        if torch.empty(0).device.type != "cpu":
+        if torch.empty(0).device.type != "cpu":      # the default device
             settings.enter_context(torch.device("cpu"))
         yield

@@ -5,9 +5,10 @@ import json
 import re
 import signal
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
@@ -41,18 +42,19 @@ def server(*command):
         yield process, int(found[1])
 
 
-def test_sigterm_lets_answers_end_and_exits_0():
-    with server() as (process, port):
-        found = []
-        long = {**ASK, "max_tokens": 600, "ignore_eos": True}
-        threads = [threading.Thread(target=lambda stream=stream: found.append(
-            post(port, {**long, "stream": stream}))) for stream in (False, True)]
-        for thread in threads:
-            thread.start()
+def told_to_end(process, port, **wishes):
+    """(status, body) of a whole answer and of a stream, which SIGTERM meets in their middle."""
+    bodies = [{**ASK, "ignore_eos": True, "stream": stream, **wishes} for stream in (False, True)]
+    with ThreadPoolExecutor(2) as clients:
+        answers = clients.map(partial(post, port), bodies)
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join(60)
+        return list(answers)
+
+
+def test_sigterm_lets_answers_end_and_exits_0():
+    with server() as (process, port):
+        found = told_to_end(process, port, max_tokens=600)
         assert [status for status, _ in found] == [200, 200]
         assert all('"finish_reason": "length"' in body for _, body in found)
         assert process.wait(30) == 0
@@ -62,19 +64,10 @@ def test_what_does_not_end_in_time_ends_by_an_error():
     """A stream says so, a whole answer is 503; neither is cut off without a word."""
     with server(sys.executable, "-m", "nanovllm", "serve", "--port", "0", "--device", "cpu",
                 "--num-kvcache-blocks", "512", "--drain-timeout", "2") as (process, port):
-        found = {}
-        endless = {**ASK, "max_tokens": 4000, "ignore_eos": True, "n": 16}
-        threads = [threading.Thread(target=lambda stream=stream: found.update({stream: post(
-            port, {**endless, "stream": stream})})) for stream in (False, True)]
-        for thread in threads:
-            thread.start()
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        for thread in threads:
-            thread.join(60)
-        assert found[False][0] == 503 and "engine_dead" in found[False][1]
-        assert found[True][0] == 200 and found[True][1].endswith("data: [DONE]\n\n")
-        assert '"code": "engine_dead"' in found[True][1]
+        whole, stream = told_to_end(process, port, max_tokens=4000, n=16)
+        assert whole[0] == 503 and "engine_dead" in whole[1]
+        assert stream[0] == 200 and stream[1].endswith("data: [DONE]\n\n")
+        assert '"code": "engine_dead"' in stream[1]
         err = process.communicate(timeout=30)[1]
         assert process.returncode == 0 and "Traceback" not in err, err
 
