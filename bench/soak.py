@@ -33,17 +33,20 @@ class Reader:
 class Soak:
     """An engine with a pool too small for what is asked of it. Runs in a worker.
 
-    It compares its books after every step. Some requests are known: their tokens must be those
-    that they got before anything else had happened. strikes: the share of steps with a signal.
+    It compares its books after every step. Some requests are known: in fp32 their tokens must be
+    those that they got before anything else had happened (in less, a step of another size may
+    round otherwise). strikes: the share of steps with a signal.
     """
 
     def __init__(self, model: str, device: str, dtype: str, is_dummy: bool, seed: int,
                  settings: dict, strikes: float = 0.1):
         from nanovllm import LLM
+        from nanovllm.engine.model_runner import resolve_dtype
         small = {"check_books": True, "num_kvcache_blocks": 40, "max_num_seqs": 16,
                  "max_num_batched_tokens": 128}
         self.llm = LLM(model, device=device, dtype=dtype,
                        load_format="dummy" if is_dummy else "auto", **{**small, **settings})
+        self.is_exact = resolve_dtype(dtype, self.llm.config.hf_config).itemsize == 4
         self.device, self.rng, self.pool = device, random.Random(seed), self.llm.block_manager
         self.strikes = strikes
         self.unit = max(1, self.pool.block_size // 16)  # lengths in proportion to the blocks
@@ -150,7 +153,7 @@ class Soak:
         """Count a request that is over. RuntimeError for tokens that are wrong."""
         tokens = self.active.pop(output["request_id"])
         self.counts["failed" if output["finish_reason"] == "error" else "finished"] += 1
-        if tokens is not None:
+        if tokens is not None and self.is_exact:
             self.counts["known"] += 1
             if output["token_ids"] != tokens:
                 raise RuntimeError(f"request {output['request_id']} got {output['token_ids']}, "

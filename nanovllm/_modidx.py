@@ -186,6 +186,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                              'nanovllm.engine.cuda_graphs.StaticStep.size': ( 'parallel.html#staticstep.size',
                                                                                               'nanovllm/engine/cuda_graphs.py'),
                                              'nanovllm.engine.cuda_graphs.graph_sizes': ( 'parallel.html#graph_sizes',
+                                                                                          'nanovllm/engine/cuda_graphs.py'),
+                                             'nanovllm.engine.cuda_graphs.side_stream': ( 'parallel.html#side_stream',
                                                                                           'nanovllm/engine/cuda_graphs.py')},
             'nanovllm.engine.culprits': { 'nanovllm.engine.culprits.find_culprits': ( 'engine.html#find_culprits',
                                                                                       'nanovllm/engine/culprits.py'),

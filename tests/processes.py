@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nanovllm
+from nanovllm.utils.workers import START
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
@@ -68,6 +69,26 @@ def run(*command, timeout: float = 120, **options) -> subprocess.CompletedProces
     with started(*command, **options) as process:
         out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def stopping_at(place: str) -> str:
+    """START for a worker that stops itself as it comes to `place`, a "module:Class.name"."""
+    module, path = place.split(":")
+    *owner, name = path.split(".")
+    return START.replace("main(told)\n", f"""
+import importlib, signal
+owner = importlib.import_module("nanovllm.{module}")
+for part in {owner}:
+    owner = getattr(owner, part)
+right = getattr(owner, "{name}")
+
+def stops(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return right(*args, **kwargs)
+
+setattr(owner, "{name}", stops)
+main(told)
+""")
 
 
 def run_python(*arguments, timeout: float = 120, **options) -> subprocess.CompletedProcess:

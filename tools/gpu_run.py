@@ -33,6 +33,7 @@ STAGES = {  # GPUs -> stage -> (arguments for Python, seconds that it may take, 
     1: {"tokens": (f"{TESTS} tests/gpu/test_tokens.py", 200, True),
         "kernels": (f"{TESTS} tests/gpu/test_kernels.py", 200, True),
         "sampling": (f"{TESTS} tests/gpu/test_sampling.py", 200, True),
+        "requests": (f"{TESTS} tests/gpu/test_requests.py", 200, True),
         **{f"notebook_{name}": (CELLS.format(name), 240, True) for name in ("3", "4")},
         "memory": (f"{TESTS} tests/gpu/test_memory.py", 150, False),
         **{f"notebook_{name}": (CELLS.format(name), 240, False)       # they measure times
@@ -48,7 +49,8 @@ STAGES = {  # GPUs -> stage -> (arguments for Python, seconds that it may take, 
 def run_stage(out: Path, name: str, arguments: str, seconds: float) -> dict:
     """Its exit status, or why it has none, and how long it took. Its words go to OUT/name.log."""
     command = [sys.executable, *arguments.replace("OUT", str(out)).split()]
-    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(paths)}
     start = time.perf_counter()
     with open(out / f"{name}.log", "w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,

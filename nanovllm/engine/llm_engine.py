@@ -75,7 +75,9 @@ class LLMEngine(Books):
         device = self.runner.device
         wanted = device.type == "cuda" and self.config.kernels == "auto"
         room = find_room("gpu") if wanted else None
-        return Sampler(device) if room is None else room.make_sampler(self.runner)
+        if room is None:
+            return Sampler(device)
+        return room.make_sampler(device, self.runner.dtype, self.config.hf_config.vocab_size)
 
     def close(self) -> None:
         """Give the memory back. Unfinished requests are dropped; a second call does nothing."""

@@ -85,14 +85,14 @@ def leave_group(runner: ModelRunner) -> None:
     NCCL is told to give up first, since a recording that is running cannot be thrown away; but it
     returns only once there are no recordings of its kernels: so it is told in a thread.
     """
-    group, leaving = runner.group, threading.Thread(target=runner.group.close)
+    group, leaving = runner.group, threading.Thread(target=runner.group.close, daemon=True)
     leaving.start()
     leaving.join(0.5)              # it has been told by then
     for let_go in group.on_close:
         let_go()                   # again: another rank may have come by, and lowered a flag
     if runner.recordings is not None:
         runner.recordings.clear()
-    leaving.join()
+    leaving.join(10)               # memory that is not given back is better than no end
 
 
 class Leader:
@@ -112,8 +112,9 @@ class Leader:
         start = self._join_torchrun if launched else self._start_workers
         self.local = start(config, size, device)
         self.group, self.device, self.model = self.local.group, self.local.device, self.local.model
+        self.dtype, self.on_device = self.local.dtype, self.local.on_device
         self.num_blocks, self.block_size = self.local.num_blocks, self.local.block_size
-        self.uses_graphs, self.on_device = self.local.uses_graphs, self.local.on_device
+        self.uses_graphs = self.local.uses_graphs
         self.group.watch = self._look_around
 
     def _start_workers(self, config: Config, size: int, device: torch.device) -> ModelRunner:
@@ -127,9 +128,12 @@ class Leader:
                 meet = partial(TensorParallelGroup, self.workers.store, 0, size, device,
                                timeout=timedelta(seconds=limit))
                 group = while_watching(meet, self.workers.check)
-                group.watch = self.workers.check
                 config = dataclasses.replace(config, device=rank_device(device.type, 0))
-                runner = ModelRunner(config, group)
+                try:
+                    runner = while_watching(partial(ModelRunner, config, group), self.workers.check)
+                except BaseException:            # its thread may wait for kernels that wait
+                    threading.Thread(target=group.close, daemon=True).start()
+                    raise
             self.workers.store.close()   # all have started
             return runner
         except BaseException:

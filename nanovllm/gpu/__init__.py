@@ -45,9 +45,8 @@ def optimize(model: nn.Module, group=None) -> nn.Module:
 logger = logging.getLogger("nanovllm")
 
 
-def make_sampler(runner) -> Sampler:
-    """What draws the tokens of this runner's logits: kernels where they can run, else day 5's."""
-    device, dtype = runner.device, runner.dtype
+def make_sampler(device: torch.device, dtype: torch.dtype, vocab_size: int) -> Sampler:
+    """What draws tokens from logits [R, vocab_size]: kernels where they can run, else day 5's."""
     if importlib.util.find_spec("triton") is None or \
             TritonBackend.why_not(device, dtype, head_dim=1) is not None:
         return Sampler(device)
@@ -56,7 +55,7 @@ def make_sampler(runner) -> Sampler:
     fast, taught = TritonSampler(device), Sampler(device)
     wishes = [{}, dict(temperature=.6, top_k=20, top_p=.95), dict(temperature=1.3, top_p=.7)] * 2
     params, draws = [SamplingParams(seed=i, **wish) for i, wish in enumerate(wishes)], range(6)
-    logits = torch.randn(6, runner.config.hf_config.vocab_size, device=device).to(dtype)
+    logits = torch.randn(6, vocab_size, device=device).to(dtype)
     if torch.equal(fast(logits, params, draws), taught(logits, params, draws)):
         return fast
     logger.warning("the kernels that draw tokens are not used: they draw others than Sampler does")

@@ -73,8 +73,8 @@ class Lookahead:
         """These rows of x, without waiting for what the device still has to do."""
         if places == list(range(len(x))):
             return x
-        index = torch.tensor(places)
-        if x.is_cuda:
-            index = index.pin_memory().to(x.device, non_blocking=True)
         with self.runner.on_device():
+            index = torch.tensor(places)
+            if x.is_cuda:
+                index = index.pin_memory().to(x.device, non_blocking=True)
             return x[index]

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from ..layers.sampler import Sampler, stream_seed
 from ..sampling_params import SamplingParams
+from ..utils.device import on_device
 
 SIZE = 256          # tokens of a block
 TILE = 16           # blocks that a program looks at together
@@ -266,7 +267,7 @@ class TritonSampler(Sampler):
 
     def __init__(self, device: torch.device):
         super().__init__(device)
-        self.wishes, self.on_device = [], None       # of the last batch: the rows' parameters
+        self.wishes, self.sent = [], None            # of the last batch: the rows' parameters
 
     def forward(self, logits: torch.Tensor, params: list[SamplingParams],
                 indices: list[int]) -> torch.Tensor:
@@ -275,15 +276,16 @@ class TritonSampler(Sampler):
                             for field in UNKNOWN for p in params)
         if asks_for_more or not any(p.temperature for p in params):
             return super().forward(logits, params, indices)
-        return sample(logits, self._params(params), self._keys(params, indices))
+        with on_device(self.shared.device):
+            return sample(logits, self._params(params), self._keys(params, indices))
 
     def _params(self, params: list[SamplingParams]) -> torch.Tensor:
         """[R, 3] on the device: temperature, top_k, top_p; sent when the batch has changed."""
         if list(map(id, params)) != list(map(id, self.wishes)):
             self.wishes = params
-            self.on_device = self._send([(p.temperature, min(p.top_k, 2**24), p.top_p)
-                                         for p in params], torch.float32)
-        return self.on_device
+            self.sent = self._send([(p.temperature, min(p.top_k, 2**24), p.top_p) for p in params],
+                                   torch.float32)
+        return self.sent
 
     def _keys(self, params: list[SamplingParams], indices: list[int]) -> torch.Tensor:
         """[R] keys of the rows' noise: from seed and number of the draw, or by chance."""

@@ -49,6 +49,7 @@ class TensorParallelGroup:
         self.watch = None              # called while this rank waits for others, if it is set
         self.data = self.control
         if device.type == "cuda":
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # else it asks a closed store
             self.data = dist.ProcessGroupNCCL(dist.PrefixStore("data", store), rank, world_size)
         self.peers = None              # a shorter way between GPUs of one host, where there is one
         self.on_close = []             # what must let go before the group can end

@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from fixtures import hf_generate, make_checkpoint, random_prompts
 
+import nanovllm
 from nanovllm import LLM, SamplingParams
 from nanovllm.config import Config
 from nanovllm.engine.model_runner import ModelRunner
@@ -24,7 +26,7 @@ from nanovllm.utils.context import Context
 from nanovllm.utils.rooms import find_room
 from nanovllm.utils.workers import WorkerProcesses
 from tests.parity import logprobs, worst_difference
-from tests.processes import SCRIPTS, children, environment, run, started
+from tests.processes import SCRIPTS, children, environment, run, started, stopping_at
 from tests.utils.test_distributed import on_ranks
 
 NEW = 12
@@ -231,6 +233,50 @@ def test_a_worker_that_is_stopped_during_the_start(monkeypatch):
     with pytest.raises(RuntimeError, match="rank 1"):
         LLM(worker_timeout=2, **DEMO)
     assert time.monotonic() - start < 60 and not children()
+
+
+@processes
+def test_what_others_ask_of_a_runner_a_leader_has_too():
+    """The engine and the rooms take either; a GPU's way is not run here, and asks for more."""
+    package = Path(nanovllm.__file__).parent
+    use = r"(?:self|llm|engine)\.(?:runner|stepper)\.(\w+)"
+    asked = {name for file in package.rglob("*.py") if file.name != "cuda_graphs.py"
+             for name in re.findall(use, file.read_text())}
+    assert {"run", "dtype", "on_device", "collect"} <= asked
+    with LLM(**DEMO) as leader, LLM(**{**DEMO, "tensor_parallel_size": 1}) as alone:
+        for llm in (leader, alone):
+            assert [name for name in sorted(asked) if not hasattr(llm.runner, name)] == []
+
+
+@processes
+@pytest.mark.parametrize("place", [
+    "utils.distributed:TensorParallelGroup.all_reduce",
+    *(pytest.param(place, marks=slow) for place in (
+        "engine.ranks:ModelRunner", "utils.distributed:TensorParallelGroup.gather",
+        "utils.distributed:TensorParallelGroup.minimum"))])
+def test_a_worker_that_is_stopped_while_the_runners_are_made(place, monkeypatch):
+    monkeypatch.setattr("nanovllm.utils.workers.START", stopping_at(place))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 has not answered for 2 seconds"):
+        LLM(worker_timeout=2, **DEMO)
+    assert time.monotonic() - start < 60 and not children()
+
+
+@processes
+def test_ctrl_c_while_the_runners_are_made(monkeypatch):
+    monkeypatch.setattr("nanovllm.utils.workers.START",
+                        stopping_at("utils.distributed:TensorParallelGroup.all_reduce"))
+    right = WorkerProcesses.wait_until_ready
+
+    def ready(workers):
+        right(workers)
+        threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        LLM(**DEMO)
+    assert time.monotonic() - start < 25 and not children()
 
 
 @processes

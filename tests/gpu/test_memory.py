@@ -31,14 +31,16 @@ def engine_takes(folder):
 @pytest.mark.slow
 @pytest.mark.processes
 def test_the_cache_takes_what_is_left(tmp_path):
-    """Alone, and beside another process that holds 20 GB."""
-    if torch.cuda.mem_get_info()[1] < 2.5 * HELD:
+    """Alone, and beside another process that leaves it less than it could use."""
+    total = torch.cuda.mem_get_info()[1]
+    held = max(HELD, total - 60 * 10**9)
+    if total < 2.5 * HELD:
         pytest.skip("the GPU is too small")
     folder = make_model_folder("qwen3-0.6b", tmp_path)
     alone, share = engine_takes(folder)
     torch.cuda.empty_cache()            # what PyTorch kept is free for others
     assert .7 < share < .92
-    with started(sys.executable, SCRIPTS / "hold_gpu_memory.py", HELD,
+    with started(sys.executable, SCRIPTS / "hold_gpu_memory.py", held,
                  stdin=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == "ready\n"
         beside, share = engine_takes(folder)
@@ -61,11 +63,12 @@ def test_memory_comes_back(good):
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_soak(tmp_path):
-    """Random requests, aborts and bad requests: memory and blocks."""
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_soak(dtype, tmp_path):
+    """Random requests, aborts and bad requests: memory, blocks, and tokens in fp32."""
     pytest.importorskip("psutil")
     file = tmp_path / "soak.json"
-    done = run_python(ROOT / "bench.py", "--device", "cuda", "--dtype", "bfloat16", "--soak", "0.5",
+    done = run_python(ROOT / "bench.py", "--device", "cuda", "--dtype", dtype, "--soak", "0.4",
                       "--quiet", "--json", file, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert json.loads(file.read_text())["soak"]

@@ -16,7 +16,8 @@ from fixtures import hf_generate, make_checkpoint, random_prompts
 from bench.models import make_model_folder
 from nanovllm import LLM, SamplingParams
 from nanovllm.utils.rooms import find_room
-from tests.processes import SCRIPTS, environment, run_python
+from nanovllm.utils.workers import WorkerProcesses
+from tests.processes import SCRIPTS, children, environment, run_python, stopping_at
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.processes]
 NEW = 16
@@ -124,6 +125,70 @@ def test_a_killed_worker(tmp_path):
     while memory_in_use()[1] > before[1] + 600 and time.monotonic() < deadline:
         time.sleep(.5)              # rank 0 itself may hold a context there
     assert memory_in_use()[1] <= before[1] + 600
+
+
+@pytest.mark.parametrize("place", [
+    "engine.ranks:ModelRunner", "utils.distributed:TensorParallelGroup.all_reduce",
+    "utils.distributed:TensorParallelGroup.gather", "gpu.peers:peers_of",
+    "engine.model_runner:ModelRunner.allocate_kv_cache",
+    "engine.cuda_graphs:Recordings.record"])
+def test_a_worker_that_is_stopped_during_the_start(place, tmp_path, monkeypatch):
+    """Before, between and in NCCL's first exchanges: an error within the time that is allowed."""
+    folder, _ = make_checkpoint(folder=tmp_path, num_attention_heads=4)
+    monkeypatch.setattr("nanovllm.utils.workers.START", stopping_at(place))
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="rank 1 has not answered for 5 seconds"):
+        LLM(folder, tensor_parallel_size=2, worker_timeout=5,
+            **{**SMALL, "num_kvcache_blocks": -1})
+    assert time.monotonic() - start < 60 and not children()
+    torch.cuda.synchronize()                     # nothing waits on the GPU
+
+
+def test_the_first_engine_of_a_process_is_closed_at_once(tmp_path):
+    """NCCL's monitor used to wait for the store, which is gone after the start."""
+    folder, _ = make_checkpoint(folder=tmp_path, num_attention_heads=4)
+    code = f"""import time
+from nanovllm import LLM
+llm = LLM({str(folder)!r}, tensor_parallel_size=2, **{SMALL})
+time.sleep(2.5)
+start = time.monotonic()
+llm.close()
+print("CLOSED IN TIME", time.monotonic() - start < 6)"""
+    assert "CLOSED IN TIME True" in run_python("-c", code).stdout
+
+
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_an_engine_on_another_gpu(kernels, tmp_path):
+    """Kernels are launched where its tensors are, also those that sample."""
+    folder, _ = make_checkpoint(folder=tmp_path, num_attention_heads=4)
+    prompts = random_prompts([5, 9, 33, 17], 100)
+    wishes = [SamplingParams(temperature=t, seed=3 if t else None, top_p=p, max_tokens=m,
+                             ignore_eos=True)
+              for t, p, m in ((0, 1, NEW), (1, 1, 9), (1, .9, NEW), (0, 1, 12))]
+    found = []
+    for device in ("cuda", "cuda:1"):
+        with LLM(folder, **{**SMALL, "device": device}, kernels=kernels) as llm:
+            outs = llm.generate(prompts, wishes, use_tqdm=False)
+            found.append([out["token_ids"] for out in outs])
+        assert torch.cuda.current_device() == 0
+    assert found[0] == found[1]
+
+
+def test_ctrl_c_in_the_first_exchange(tmp_path, monkeypatch):
+    folder, _ = make_checkpoint(folder=tmp_path, num_attention_heads=4)
+    monkeypatch.setattr("nanovllm.utils.workers.START",
+                        stopping_at("utils.distributed:TensorParallelGroup.all_reduce"))
+    right = WorkerProcesses.wait_until_ready
+
+    def ready(workers):
+        right(workers)
+        threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready)
+    with pytest.raises(KeyboardInterrupt):
+        LLM(folder, tensor_parallel_size=2, worker_timeout=120, **SMALL)
+    assert not children()
+    torch.cuda.synchronize()
 
 
 @pytest.mark.slow

@@ -34,24 +34,18 @@ def test_wishes_are_sent_when_the_batch_changes():
     sampler, params = TritonSampler(CPU), [SamplingParams(top_k=2, seed=1)] * 2
     logits = torch.randn(2, 300)
     sampler(logits, params, [0, 0])
-    first = sampler.on_device
+    first = sampler.sent
     sampler(logits, list(params), [1, 1])
-    assert sampler.on_device is first
+    assert sampler.sent is first
     sampler(logits, [params[0], SamplingParams(seed=2)], [2, 2])
-    assert sampler.on_device is not first
-
-
-def runner(vocab=300):
-    from types import SimpleNamespace
-    config = SimpleNamespace(hf_config=SimpleNamespace(vocab_size=vocab))
-    return SimpleNamespace(device=CPU, dtype=torch.float32, config=config)
+    assert sampler.sent is not first
 
 
 def test_a_changed_sampler_is_what_draws(monkeypatch, caplog):
     from nanovllm.gpu import make_sampler
-    assert type(make_sampler(runner())) is TritonSampler and not caplog.records
+    assert type(make_sampler(CPU, torch.float32, 300)) is TritonSampler and not caplog.records
     monkeypatch.setattr(Sampler, "_draw", lambda self, logits, params, indices: logits.argmin(-1))
-    sampler = make_sampler(runner())
+    sampler = make_sampler(CPU, torch.float32, 300)
     assert type(sampler) is Sampler and "not used" in caplog.text
 
 
