@@ -156,7 +156,7 @@ class Service:
         self.max_model_len, self.vocab_size = config.max_model_len, config.hf_config.vocab_size
         self.defaults = engine.llm.default_sampling_params()
         self.tokenizer = load_tokenizer(config.model)      # not that of the engine's thread
-        self.encoder = ThreadPoolExecutor(1, "encode")     # one text at a time
+        self.encoders = ThreadPoolExecutor(1, "encode"), ThreadPoolExecutor(1, "encode-long")
         self.created = int(time.time())
 
     def check_model(self, name: str) -> None:
@@ -165,10 +165,13 @@ class Service:
             raise BadRequest(f"there is no model {name[:99]!r} here; there is {self.model_name!r}",
                              "model", "model_not_found", 404)
 
-    async def encode(self, function, *args) -> Any:
-        """What `function(tokenizer, *args)` makes; neither loop nor engine waits for it."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.encoder, function, self.tokenizer, *args)
+    async def encode(self, function, *args, size: int = 0) -> Any:
+        """What `function(tokenizer, *args)` makes; neither loop nor engine waits for it.
+
+        One text at a time; but those of a small `size` (characters) do not wait for large ones.
+        """
+        encoder, loop = self.encoders[size > 50_000], asyncio.get_running_loop()
+        return await loop.run_in_executor(encoder, function, self.tokenizer, *args)
 
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         """POST /v1/completions."""
@@ -177,7 +180,8 @@ class Service:
         body.check(self.limits, len(prompts))
         self.engine.check_room(body.n * len(prompts))
         ids = [text_prompt(self.tokenizer, prompt, self.vocab_size) if isinstance(prompt, list)
-               else await self.encode(text_prompt, prompt, self.vocab_size) for prompt in prompts]
+               else await self.encode(text_prompt, prompt, self.vocab_size, size=len(prompt))
+               for prompt in prompts]
         return await self.answer(body, ids, CompletionFormat, "prompt", request)
 
     async def chat(self, body: ChatRequest, request: Request) -> Response:
@@ -186,7 +190,8 @@ class Service:
         body.check(self.limits)
         self.engine.check_room(body.n)
         ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs,
-                                body.add_generation_prompt, body.continue_final_message)
+                                body.add_generation_prompt, body.continue_final_message,
+                                size=len(str(body.messages)))
         return await self.answer(body, [ids], ChatFormat, "messages", request)
 
     async def answer(self, body, prompts: list[list[int]], form: type[CompletionFormat],
@@ -269,10 +274,12 @@ class Service:
         if (body.prompt is None) == (body.messages is None):
             raise BadRequest("give a prompt or messages, one of them", "prompt")
         if body.prompt is not None:
-            ids = await self.encode(text_prompt, body.prompt, self.vocab_size)
+            ids = await self.encode(text_prompt, body.prompt, self.vocab_size,
+                                    size=len(body.prompt))
         else:
             ids = await self.encode(chat_prompt, body.messages, body.chat_template_kwargs,
-                                    body.add_generation_prompt, body.continue_final_message)
+                                    body.add_generation_prompt, body.continue_final_message,
+                                    size=len(str(body.messages)))
         return await self.encode(lambda tokenizer: json_response({
             "count": len(ids), "max_model_len": self.max_model_len, "tokens": ids,
             "token_strs": [token_text(tokenizer, t) for t in ids]}))

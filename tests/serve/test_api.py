@@ -384,6 +384,37 @@ def test_a_long_list_of_mistakes_holds_nobody_up(server, path, change):
     assert time.perf_counter() - start < 5
 
 
+def test_short_texts_do_not_wait_for_long_ones(server):
+    from nanovllm.serve.api import Limits, Service
+    service, gate = Service(server.engine, "demo", Limits()), threading.Event()
+
+    async def ask():
+        long = asyncio.create_task(service.encode(lambda tokenizer: gate.wait(60), size=10**6))
+        await asyncio.sleep(0)
+        assert await asyncio.wait_for(service.encode(lambda tokenizer: "short", size=9), 20)
+        assert not long.done()
+        gate.set()
+        assert await long
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_a_text_says_how_long_it_is(server, path, monkeypatch):
+    from nanovllm.serve.api import Service
+    sizes, right = [], Service.encode
+
+    def encode(service, function, *args, size=0):
+        sizes.append(size)
+        return right(service, function, *args, size=size)
+
+    monkeypatch.setattr(Service, "encode", encode)
+    text = "word " * 20_000
+    body = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    send(server.url, path, body)
+    assert max(sizes) >= len(text)
+
+
 def test_tokenize_counts_what_a_chat_has(server):
     for flags in ({}, {"add_generation_prompt": False},
                   {"add_generation_prompt": False, "continue_final_message": True}):
