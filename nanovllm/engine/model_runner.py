@@ -65,7 +65,7 @@ class ModelRunner:
 
     def __init__(self, config: Config, group=None):
         self.config, self.group = config, group
-        self.device = resolve_device(config.device)
+        self.device = torch.empty(0, device=resolve_device(config.device)).device  # with a number
         self.dtype = resolve_dtype(config.dtype, config.hf_config)
         self.backend = get_attention_backend(config.attention_backend, self.device, self.dtype,
                                              head_dim_of(config.hf_config), config.kernels)

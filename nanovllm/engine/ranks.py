@@ -115,6 +115,7 @@ class Leader:
         self.dtype, self.on_device = self.local.dtype, self.local.on_device
         self.num_blocks, self.block_size = self.local.num_blocks, self.local.block_size
         self.uses_graphs = self.local.uses_graphs
+        self.signals = interrupt_afterwards()
         self.group.watch = self._look_around
 
     def _start_workers(self, config: Config, size: int, device: torch.device) -> ModelRunner:
@@ -172,7 +173,7 @@ class Leader:
             raise RuntimeError(self.failure)
         with interrupt_afterwards() as self.signals:
             try:
-                with self._blame_workers():
+                with self._blame_workers(), self.on_device():
                     self.workers.check()
                     yield
             except BaseException as error:
@@ -248,8 +249,11 @@ class Leader:
     def close(self) -> None:
         """End the other ranks: torchrun's with an empty message, which is the last."""
         if self.failure is None and not self.workers.processes:
-            with suppress(RuntimeError):    # one is gone already
+            with suppress(RuntimeError), self.on_device():    # one is gone already
                 self.group.broadcast(torch.empty(0, dtype=torch.int32))
         self.workers.stop()
         leave_group(self.local)
         self.local.close()
+        self.group.watch = None                  # it knows the leader, and would keep its memory
+        for parameter in self.model.parameters():
+            vars(parameter).pop("weight_loader", None)     # so does this its layer

@@ -282,9 +282,9 @@ class TritonSampler(Sampler):
     def _params(self, params: list[SamplingParams]) -> torch.Tensor:
         """[R, 3] on the device: temperature, top_k, top_p; sent when the batch has changed."""
         if list(map(id, params)) != list(map(id, self.wishes)):
-            self.wishes = params
             self.sent = self._send([(p.temperature, min(p.top_k, 2**24), p.top_p) for p in params],
                                    torch.float32)
+            self.wishes = params             # last: a signal may come before it
         return self.sent
 
     def _keys(self, params: list[SamplingParams], indices: list[int]) -> torch.Tensor:

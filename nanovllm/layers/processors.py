@@ -172,7 +172,7 @@ def json_schema(schema: dict | str, tokenizer) -> Callable:
         packed = np.frombuffer(matcher.compute_bitmask(), np.uint8)    # 8 tokens a byte
         if matcher.is_error():                               # it leaves the end of text alone
             raise ValueError("schema: " + matcher.get_error().partition("\n")[0])
-        bits = torch.tensor(np.unpackbits(packed, bitorder="little")[:len(row)])
+        bits = torch.from_numpy(np.unpackbits(packed, bitorder="little")[:len(row)])
         allowed = torch.zeros_like(row, dtype=torch.bool)    # a vocabulary may be padded: longer
         allowed[:len(bits)] = bits.to(allowed)
         return row.masked_fill(~allowed, -torch.inf)

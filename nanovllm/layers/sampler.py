@@ -41,7 +41,8 @@ def filter_top_k_top_p(logits: torch.Tensor, top_k: torch.Tensor,
 
 def gumbel_noise(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     """-log(E), E ~ Exp(1), fp32: argmax(logits + noise) is a draw from softmax(logits)."""
-    noise = torch.empty(shape, device=generator.device).exponential_(generator=generator)
+    noise = torch.empty(shape, dtype=torch.float32, device=generator.device)
+    noise.exponential_(generator=generator)
     return -noise.clamp_min_(1e-30).log_()
 
 

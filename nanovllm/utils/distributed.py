@@ -7,6 +7,7 @@ __all__ = [
     "open_store", "join_store", "while_watching", "torchrun_launched",
 ]
 
+import ctypes
 import hmac
 import os
 import secrets
@@ -46,7 +47,7 @@ class TensorParallelGroup:
         self.control.set_timeout(FOREVER)     # of the exchanges; the ranks are here
         if one_host:
             self._greet(timeout)
-        self.watch = None              # called while this rank waits for others, if it is set
+        self.watch = self.pending = None     # called while this rank waits; what it waits for
         self.data = self.control
         if device.type == "cuda":
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")  # else it asks a closed store
@@ -101,6 +102,11 @@ class TensorParallelGroup:
         for let_go in self.on_close:
             let_go()
         self.peers = None
+        if self.pending is not None and not self.pending.is_completed():
+            with suppress(RuntimeError):       # it failed, or goes on
+                self.pending.wait(timedelta(seconds=2))
+            if not self.pending.is_completed():
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.control))   # its end would wait
         if self.data is not self.control:
             self.data.abort()          # shutdown() would wait for ranks that may be gone
         # their threads end now, and not beside an interpreter that is being taken down
@@ -131,6 +137,7 @@ class TensorParallelGroup:
         """Until an exchange is done. RuntimeError if it fails; besides what `watch` raises."""
         if self.watch is None or group is not self.control:   # NCCL's are done on the GPU, later
             return work.wait()
+        self.pending = work
         while not work.is_completed():
             with suppress(RuntimeError):        # not done yet, or failed: the last line tells
                 work.wait(GLANCE)

@@ -50,6 +50,15 @@ def test_when_an_engine_is_made(want, setting, caplog):
     assert "is not used" not in caplog.text          # the fast path has passed its proof
 
 
+@pytest.mark.processes
+def test_several_ranks(setting):
+    """What one rank tells another is made on the CPU, whatever the caller's default is."""
+    with LLM(device="cpu", num_kvcache_blocks=64, tensor_parallel_size=2) as llm:
+        with torch.device("meta"):
+            found = answers(llm)
+        assert len(found) == 3 and all(ids for ids, _ in found)
+
+
 def test_the_caller_finds_what_was_set():
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         with on_device(torch.device("cpu")):

@@ -63,3 +63,21 @@ def test_what_the_kernels_do_not_know_is_left_to_the_sampler(monkeypatch):
     sampler, logits = TritonSampler(CPU), torch.randn(2, 300)
     assert sampler(logits, [More(seed=1), More(seed=2, min_p=.1)], [0, 0]) == "taught"
     assert sampler(logits, [More(seed=1), More(seed=2)], [0, 0]) != "taught"
+
+
+def test_a_signal_while_parameters_are_sent(monkeypatch):
+    """Those of the batch before must not be taken for those of this one."""
+    sampler, logits = TritonSampler(CPU), torch.randn(3, 50)
+    batch = [SamplingParams(temperature=t, seed=1) for t in (.5, 1., 2.)]
+    sampler(logits[:2], batch[:2], [0, 0])
+    send = TritonSampler._send
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TritonSampler, "_send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        sampler(logits, batch, [0, 0, 0])
+    monkeypatch.setattr(TritonSampler, "_send", send)
+    right = TritonSampler(CPU)(logits, batch, [0, 0, 0])
+    assert torch.equal(sampler(logits, batch, [0, 0, 0]), right)
