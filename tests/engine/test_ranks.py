@@ -242,7 +242,7 @@ def test_what_others_ask_of_a_runner_a_leader_has_too():
     use = r"(?:self|llm|engine)\.(?:runner|stepper)\.(\w+)"
     asked = {name for file in package.rglob("*.py") if file.name != "cuda_graphs.py"
              for name in re.findall(use, file.read_text())}
-    assert {"run", "dtype", "on_device", "collect"} <= asked
+    assert {"run", "dtype", "collect"} <= asked
     with LLM(**DEMO) as leader, LLM(**{**DEMO, "tensor_parallel_size": 1}) as alone:
         for llm in (leader, alone):
             assert [name for name in sorted(asked) if not hasattr(llm.runner, name)] == []
