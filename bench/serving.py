@@ -4,7 +4,8 @@
     python -m bench.serving --model FOLDER       a checkpoint
 
 All requests come at once, as greedy completions of token ids, each on a connection of its own. The
-clients run on the same cores as the server, which is part of what is measured.
+clients run on the same cores as the server, which is part of what is measured; so they are plain
+sockets.
 """
 
 from __future__ import annotations

@@ -4,11 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nanovllm
-from nanovllm.utils.workers import START
+from nanovllm.utils.workers import START, WorkerProcesses
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(__file__).resolve().parent / "scripts"
@@ -89,6 +90,17 @@ def stops(*args, **kwargs):
 setattr(owner, "{name}", stops)
 main(told)
 """)
+
+
+def ctrl_c_once_ready(monkeypatch, seconds: float) -> None:
+    """Let SIGINT come so long after the workers of the next engine have started."""
+    right = WorkerProcesses.wait_until_ready
+
+    def ready(workers):
+        right(workers)
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready)
 
 
 def run_python(*arguments, timeout: float = 120, **options) -> subprocess.CompletedProcess:

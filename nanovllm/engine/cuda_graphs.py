@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from ..utils.context import Context, use_context
 from .kv_cache import free_memory
 
+ONE_AT_A_TIME = threading.Lock()  # PyTorch records one graph of a process at a time
+
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes to record: 1, 2, 4, then every 8, from 256 every 32; the last is the largest."""
@@ -158,6 +160,3 @@ class Recordings:
             layer.bind_kv_cache(runner.backend, None, None)
         torch.cuda.empty_cache()
         return max(0, first) + max(0, second) * (len(sizes) - 1)
-
-
-ONE_AT_A_TIME = threading.Lock()  # PyTorch records one graph of a process at a time

@@ -254,6 +254,6 @@ class Leader:
         self.workers.stop()
         leave_group(self.local)
         self.local.close()
-        self.group.watch = None                  # it knows the leader, and would keep its memory
+        self.group.watch = None        # it knows the leader, and each loader its layer: circles
         for parameter in self.model.parameters():
-            vars(parameter).pop("weight_loader", None)     # so does this its layer
+            vars(parameter).pop("weight_loader", None)     # would keep the memory for a while

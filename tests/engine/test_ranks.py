@@ -26,7 +26,9 @@ from nanovllm.utils.context import Context
 from nanovllm.utils.rooms import find_room
 from nanovllm.utils.workers import WorkerProcesses
 from tests.parity import logprobs, worst_difference
-from tests.processes import SCRIPTS, children, environment, run, started, stopping_at
+from tests.processes import (
+    SCRIPTS, children, ctrl_c_once_ready, environment, run, started, stopping_at,
+)
 from tests.utils.test_distributed import on_ranks
 
 NEW = 12
@@ -266,13 +268,7 @@ def test_a_worker_that_is_stopped_while_the_runners_are_made(place, monkeypatch)
 def test_ctrl_c_while_the_runners_are_made(monkeypatch):
     monkeypatch.setattr("nanovllm.utils.workers.START",
                         stopping_at("utils.distributed:TensorParallelGroup.all_reduce"))
-    right = WorkerProcesses.wait_until_ready
-
-    def ready(workers):
-        right(workers)
-        threading.Timer(3, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready)
+    ctrl_c_once_ready(monkeypatch, seconds=3)
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         LLM(**DEMO)

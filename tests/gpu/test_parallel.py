@@ -16,8 +16,9 @@ from fixtures import hf_generate, make_checkpoint, random_prompts
 from bench.models import make_model_folder
 from nanovllm import LLM, SamplingParams
 from nanovllm.utils.rooms import find_room
-from nanovllm.utils.workers import WorkerProcesses
-from tests.processes import SCRIPTS, children, environment, run_python, stopping_at
+from tests.processes import (
+    SCRIPTS, children, ctrl_c_once_ready, environment, run_python, stopping_at,
+)
 
 pytestmark = [pytest.mark.gpu(count=2), pytest.mark.processes]
 NEW = 16
@@ -178,13 +179,7 @@ def test_ctrl_c_in_the_first_exchange(tmp_path, monkeypatch):
     folder, _ = make_checkpoint(folder=tmp_path, num_attention_heads=4)
     monkeypatch.setattr("nanovllm.utils.workers.START",
                         stopping_at("utils.distributed:TensorParallelGroup.all_reduce"))
-    right = WorkerProcesses.wait_until_ready
-
-    def ready(workers):
-        right(workers)
-        threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT)).start()
-
-    monkeypatch.setattr(WorkerProcesses, "wait_until_ready", ready)
+    ctrl_c_once_ready(monkeypatch, seconds=5)
     with pytest.raises(KeyboardInterrupt):
         LLM(folder, tensor_parallel_size=2, worker_timeout=120, **SMALL)
     assert not children()

@@ -51,12 +51,12 @@ def test_when_an_engine_is_made(want, setting, caplog):
 
 
 @pytest.mark.processes
-def test_several_ranks(setting):
+def test_several_ranks():
     """What one rank tells another is made on the CPU, whatever the caller's default is."""
     with LLM(device="cpu", num_kvcache_blocks=64, tensor_parallel_size=2) as llm:
+        tokens = answers(llm)
         with torch.device("meta"):
-            found = answers(llm)
-        assert len(found) == 3 and all(ids for ids, _ in found)
+            assert answers(llm) == tokens
 
 
 def test_the_caller_finds_what_was_set():
