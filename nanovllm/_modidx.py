@@ -1141,6 +1141,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                       'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup.gather': ( 'parallel.html#tensorparallelgroup.gather',
                                                                                                        'nanovllm/utils/distributed.py'),
+                                            'nanovllm.utils.distributed.TensorParallelGroup.meet': ( 'parallel.html#tensorparallelgroup.meet',
+                                                                                                     'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup.minimum': ( 'parallel.html#tensorparallelgroup.minimum',
                                                                                                         'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup.share': ( 'parallel.html#tensorparallelgroup.share',

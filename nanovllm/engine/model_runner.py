@@ -97,7 +97,7 @@ class ModelRunner:
         else:
             load_model(model, config.model)
         if self.group is not None:
-            self.group.minimum(0)  # all have their weights; a rank that failed is found here
+            self.group.meet(self.device)   # all have their weights; a rank that failed is found
         return model.eval().requires_grad_(False)
 
     def on_device(self):

@@ -82,14 +82,12 @@ def main(told: dict) -> None:
 def leave_group(runner: ModelRunner) -> None:
     """End what waits on the GPU for another rank, and the group.
 
-    NCCL is told to give up first, since a recording that is running cannot be thrown away; but it
-    returns only once there are no recordings of its kernels: so it is told in a thread.
+    NCCL is told to give up first, since a recording that runs cannot be thrown away; in a thread,
+    since it returns only once there are no recordings of its kernels.
     """
-    group, leaving = runner.group, threading.Thread(target=runner.group.close, daemon=True)
+    leaving = threading.Thread(target=runner.group.close, daemon=True)
     leaving.start()
     leaving.join(0.5)              # it has been told by then
-    for let_go in group.on_close:
-        let_go()                   # again: another rank may have come by, and lowered a flag
     if runner.recordings is not None:
         runner.recordings.clear()
     leaving.join(10)               # memory that is not given back is better than no end

@@ -8,7 +8,6 @@ __all__ = [
 ]
 
 import json
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -30,13 +29,10 @@ class PeerMemory:
 
     def __init__(self, memory: torch.Tensor, rank: int, addresses: list[int]):
         self.memory, self.rank, self.world_size = memory, rank, len(addresses)
-        self.addresses = torch.tensor(addresses, device=memory.device)                  # [ranks]
+        self.over = torch.zeros(1, dtype=torch.long, pin_memory=memory.is_cuda)    # on the host
+        self.addresses = torch.tensor([*addresses, self.over.data_ptr()], device=memory.device)
         self.meetings = torch.zeros(self.ROWS, dtype=torch.long, device=memory.device)  # so far
         self.area = 0
-        # for let_go, made now: to pin memory is to wait for the GPU
-        self.raised = torch.full((self.ROWS, self.world_size), 2**62)
-        if memory.is_cuda:
-            self.raised, self.aside = self.raised.pin_memory(), torch.cuda.Stream(memory.device)
 
     @classmethod
     def size(cls, world_size: int) -> int:
@@ -66,13 +62,8 @@ class PeerMemory:
         return 0 <= self.offset(x) < len(self.memory)
 
     def let_go(self) -> None:
-        """Nothing here waits for another rank any longer: the group is broken.
-
-        A rank whose kernels still run may lower a flag again; then call this once more.
-        """
-        flags = self.memory[3 * self.AREA:].view(torch.long).view_as(self.raised)
-        with torch.cuda.stream(self.aside) if self.memory.is_cuda else nullcontext():
-            flags.copy_(self.raised, non_blocking=True)  # past what is waiting in the other stream
+        """From now on nothing here waits for another rank: the group is broken."""
+        self.over.fill_(2**62)         # without the driver, which may be waiting for the GPU
 
 
 @triton.jit
@@ -88,11 +79,14 @@ def sum_add_rms_norm_kernel(addresses_ptr, meetings_ptr, residual_ptr, weight_pt
             flags = (tl.load(addresses_ptr + peer) + flags_at).to(tl.pointer_type(tl.int64))
             tl.atomic_xchg(flags + row * RANKS + RANK, meeting, sem="release", scope="sys")
     flags = (tl.load(addresses_ptr + RANK) + flags_at).to(tl.pointer_type(tl.int64))
+    over_ptr = tl.load(addresses_ptr + RANKS).to(tl.pointer_type(tl.int64))
     for peer in tl.static_range(RANKS):
         if peer != RANK:
-            flag = flags + row * RANKS + peer
+            flag, looks = flags + row * RANKS + peer, 0
             while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < meeting:
-                pass                                    # adding 0: a load that orders what follows
+                looks += 1                              # adding 0: a load that orders what follows
+                over = tl.load(over_ptr, mask=looks % 4096 == 0, other=0, volatile=True)
+                tl.atomic_max(flag, over, mask=over > 0)
     mask, offsets = lane < N, row * N + lane
     total = tl.zeros([WIDTH], tl.float32)
     for peer in tl.static_range(RANKS):                 # in the same order on all ranks

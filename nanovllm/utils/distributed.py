@@ -97,6 +97,11 @@ class TensorParallelGroup:
         self._wait(self.control.allreduce([smallest], options), self.control)
         return int(smallest)
 
+    def meet(self, device: torch.device) -> None:
+        """All ranks are here. NCCL connects at its first sum, and asks the store for the way."""
+        self.minimum(0)
+        self.all_reduce(torch.zeros(1, device=device))
+
     def close(self) -> None:
         """Give NCCL's memory back; what still waits for another rank on the GPU ends here."""
         for let_go in self.on_close:

@@ -23,6 +23,7 @@ from nanovllm.engine.model_runner import ModelRunner
 from nanovllm.engine.ranks import STEP, follow, pack_step, rank_device, unpack_step
 from nanovllm.layers.linear import check_tensor_parallel_size
 from nanovllm.utils.context import Context
+from nanovllm.utils.distributed import TensorParallelGroup
 from nanovllm.utils.rooms import find_room
 from nanovllm.utils.workers import WorkerProcesses
 from tests.parity import logprobs, worst_difference
@@ -248,6 +249,23 @@ def test_what_others_ask_of_a_runner_a_leader_has_too():
     with LLM(**DEMO) as leader, LLM(**{**DEMO, "tensor_parallel_size": 1}) as alone:
         for llm in (leader, alone):
             assert [name for name in sorted(asked) if not hasattr(llm.runner, name)] == []
+
+
+@processes
+@pytest.mark.parametrize("kernels", ["auto", "plain"])
+def test_all_ranks_sum_before_the_store_is_gone(kernels, monkeypatch):
+    """NCCL connects at its first sum, by way of the store: without that it waits for ever."""
+    there, sum_up = [], TensorParallelGroup.all_reduce
+
+    def all_reduce(self, x):
+        there.append(os.path.exists(self.store.folder))
+        return sum_up(self, x)
+
+    monkeypatch.setattr(TensorParallelGroup, "all_reduce", all_reduce)
+    with LLM(**DEMO, kernels=kernels) as llm:
+        assert there and all(there)
+        ask(llm)
+    assert not there[-1]
 
 
 @processes
