@@ -1133,6 +1133,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                                        'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup._wait': ( 'parallel.html#tensorparallelgroup._wait',
                                                                                                       'nanovllm/utils/distributed.py'),
+                                            'nanovllm.utils.distributed.TensorParallelGroup.agree': ( 'parallel.html#tensorparallelgroup.agree',
+                                                                                                      'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup.all_reduce': ( 'parallel.html#tensorparallelgroup.all_reduce',
                                                                                                            'nanovllm/utils/distributed.py'),
                                             'nanovllm.utils.distributed.TensorParallelGroup.broadcast': ( 'parallel.html#tensorparallelgroup.broadcast',

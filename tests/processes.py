@@ -72,8 +72,11 @@ def run(*command, timeout: float = 120, **options) -> subprocess.CompletedProces
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def stopping_at(place: str) -> str:
-    """START for a worker that stops itself as it comes to `place`, a "module:Class.name"."""
+def stopping_at(place: str, does: str = "os.kill(os.getpid(), signal.SIGSTOP)") -> str:
+    """START for a worker that stops itself as it comes to `place`, a "module:Class.name".
+
+    does: a line of Python to run there instead.
+    """
     module, path = place.split(":")
     *owner, name = path.split(".")
     return START.replace("main(told)\n", f"""
@@ -84,7 +87,7 @@ for part in {owner}:
 right = getattr(owner, "{name}")
 
 def stops(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGSTOP)
+    {does}
     return right(*args, **kwargs)
 
 setattr(owner, "{name}", stops)

@@ -181,6 +181,15 @@ def test_the_core_is_read_in_an_evening():
     assert sum(lines(exporter.LIB / f"{name}.py") for name in EVENING) <= 1550
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_readme_counts_its_lines_right(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    told = {file: int(count) for file, count in
+            re.findall(r"\]\(nanovllm/([\w/]+)\.py\) \| (\d+) \|", text)}
+    assert told == {file: lines(exporter.LIB / f"{file}.py") for file in EVENING}
+    assert f"{sum(told.values()):,} " in text
+
+
 def test_the_package_does_not_grow():
     """With its rooms and their C, without nbdev's index.
 

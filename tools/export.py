@@ -229,10 +229,7 @@ def tidy(module: str, cells: list[tuple[Path, str]], public: list[str], version:
         own = [node for node in ast.parse(imported).body if getattr(node, "level", 0) == 1]
         public = public + names_in(own)
     names = ", ".join(f'"{name}"' for name in dict.fromkeys(public))
-    listed = f"__all__ = [{names}]"
-    if len(listed) > WIDTH:
-        listed = textwrap.fill(names + ",", WIDTH - 4).replace("\n", "\n    ")
-        listed = f"__all__ = [\n    {listed}\n]"
+    listed = textwrap.fill(f"__all__ = [{names}]", WIDTH, subsequent_indent=" " * 11)
     header = textwrap.fill(f"# {origin([nb for nb, _ in cells])}", WIDTH, subsequent_indent="# ",
                            break_long_words=False, break_on_hyphens=False)
     dunders = [f'__version__ = "{version}"'] * (module == "__init__.py") + [listed] * bool(names)

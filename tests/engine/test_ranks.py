@@ -283,6 +283,18 @@ def test_a_worker_that_is_stopped_while_the_runners_are_made(place, monkeypatch)
 
 
 @processes
+@pytest.mark.skipif(find_room("cpu") is None, reason="nanovllm/cpu is not there")
+def test_a_fast_path_that_fails_on_one_rank_alone(monkeypatch):
+    """The others are in its sums: they learn of it by that rank's end."""
+    monkeypatch.setattr("nanovllm.utils.workers.START", stopping_at("cpu:optimize", (
+        "import datetime, nanovllm.utils.distributed as there; "
+        "there.PATIENCE = datetime.timedelta(seconds=1); raise MemoryError('none left')")))
+    with pytest.raises(RuntimeError, match="(?s)rank 1 ended.*rank 1 alone.*MemoryError: none lef"):
+        LLM(**DEMO)
+    assert not children()
+
+
+@processes
 def test_ctrl_c_while_the_runners_are_made(monkeypatch):
     monkeypatch.setattr("nanovllm.utils.workers.START",
                         stopping_at("utils.distributed:TensorParallelGroup.all_reduce"))

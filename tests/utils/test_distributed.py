@@ -169,6 +169,27 @@ def test_what_rank_0_says_arrives_everywhere():
     assert on_ranks(work) == [([[0, 1, 2, 3, 4], []], [7, 8], 4)] * 2
 
 
+def test_what_differs_or_fails_everywhere_is_left_out():
+    assert on_ranks(lambda group: group.agree("it", "", 0.1 * group.rank, 0.1)) == [True] * 2
+    assert on_ranks(lambda group: group.agree("it", "", 0.2 * group.rank, 0.1)) == [False] * 2
+    assert on_ranks(lambda group: group.agree("it", "", torch.nan, 0.1)) == [False] * 2
+
+
+def test_what_fails_on_one_rank_alone_is_an_error(monkeypatch):
+    """The others are in an exchange that this rank does not take part in."""
+    monkeypatch.setattr("nanovllm.utils.distributed.PATIENCE", timedelta(seconds=0.5))
+
+    def work(group):
+        if group.rank == 0:
+            with pytest.raises(RuntimeError, match="Connection closed"):
+                group.all_reduce(torch.ones(5))
+        else:
+            with pytest.raises(RuntimeError, match="it fails on rank 1 alone, no memory; Config"):
+                group.agree("it", "no memory", torch.nan, 0.1)
+
+    on_ranks(work)
+
+
 def test_a_copy_of_a_layer_stays_in_the_group():
     def work(group):
         return copy.deepcopy({"group": group})["group"] is group
