@@ -91,14 +91,15 @@ class Gate:
         if not self.has_key(scope):
             error = BadRequest("the API key is missing or wrong", None, "invalid_api_key", 401)
             return await error_response(error)(scope, receive, send)
-        size, is_whole = 0, False
+        size, is_whole, clock = 0, False, asyncio.get_running_loop().time
+        until = clock() + self.limits.body_seconds
 
         async def receive_body():
             nonlocal size, is_whole
             if is_whole:                         # what comes now is the end of the connection
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self.limits.body_seconds)
+                message = await asyncio.wait_for(receive(), until - clock())
             except asyncio.TimeoutError:
                 raise HTTPException(408, "the body of the request did not come in time") from None
             size += len(message.get("body", b""))

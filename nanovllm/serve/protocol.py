@@ -49,7 +49,7 @@ class Limits:
     token_ids: int = 1024          # in logit_bias, in stop_token_ids
     body_bytes: int = 1 << 20
     seconds: float = 600.0         # from a request's place in the queue to its end
-    body_seconds: float = 30.0     # for the next piece of a request's body
+    body_seconds: float = 30.0     # until all of a request's body is there
 
 
 class BadRequest(Exception):

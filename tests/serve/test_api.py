@@ -563,6 +563,15 @@ def test_limits_of_a_request():
                          b"Content-Length: 9\r\n\r\n{")
             slow.settimeout(5)
             assert b" 408 " in slow.recv(1000)
+        with socket.create_connection(urlsplit(server.url).netloc.split(":")) as slow:
+            slow.settimeout(5)
+            slow.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\n"
+                         b"Content-Length: 999\r\n\r\n")
+            for _ in range(10):                      # a byte now and then
+                slow.sendall(b" ")
+                time.sleep(.1)
+            slow.settimeout(.01)                     # it has been said by now
+            assert b" 408 " in slow.recv(1000)
         assert send(server.url, "/v1/completions", {"prompt": ["a", "b", "c"]})[0] == 400
         with pytest.raises(openai.InternalServerError) as info:
             client.chat.completions.create(**ENDLESS)
