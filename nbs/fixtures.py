@@ -4,7 +4,9 @@ A random checkpoint with tied embeddings and the usual initialisation repeats on
 whatever is broken. These do not: their weights are larger, and their norm weights are not all 1.
 """
 
+import atexit
 import importlib.util
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -59,7 +61,10 @@ def make_hf_model(family="qwen3", seed=0, **shape):
 def make_checkpoint(family="qwen3", seed=0, folder=None, **shape):
     """Save such a model; (folder, model). The folder holds no tokenizer: prompts are token ids."""
     model = make_hf_model(family, seed, **shape)
-    folder = Path(folder or tempfile.mkdtemp(prefix="nanovllm-"))
+    if folder is None:
+        folder = tempfile.mkdtemp(prefix="nanovllm-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = Path(folder)
     model.save_pretrained(folder)
     return folder, model
 
