@@ -98,7 +98,7 @@ def test_many_names_share_lines(days):
             + "\n".join(f"def {name}_too(): pass" for name in names))
     text = build(days(DAY_1, [cell]))["config.py"]
     assert "from .x import (\n    a_rather_long_name_0, a_rather_long_name_1, " in text
-    assert '__all__ = [\n    "Config", "a_rather_long_name_0_too", ' in text
+    assert '__all__ = ["Config", "a_rather_long_name_0_too", ' in text
     assert max(map(len, text.splitlines())) <= exporter.WIDTH
 
 
