@@ -22,6 +22,7 @@ class PeerMemory:
 
     Three areas for summands, and behind them a flag for each row and rank (int64).
     memory: this rank's, `size(ranks)` bytes of zeros; addresses: all ranks', as seen from here.
+    On the GPU the address of `over` stands behind them.
     """
     ROWS, AREA = 512, 8 * 2**20        # larger sums are NCCL's: there bandwidth counts
 
@@ -59,6 +60,7 @@ class PeerMemory:
         """Whether x lies in this memory."""
         return 0 <= self.offset(x) < len(self.memory)
 
+    @torch.inference_mode()            # so that it may have been made in it too
     def let_go(self) -> None:
         """From now on nothing here waits for another rank: the group is broken."""
         self.over.fill_(2**62)         # without the driver, which may be waiting for the GPU

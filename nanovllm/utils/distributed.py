@@ -96,7 +96,7 @@ class TensorParallelGroup:
         return int(smallest)
 
     def meet(self, device: torch.device) -> None:
-        """All ranks are here. NCCL connects at its first sum, and asks the store for the way."""
+        """Wait for all ranks, and sum once: NCCL connects only then, by way of the store."""
         self.minimum(0)
         self.all_reduce(torch.zeros(1, device=device))
 

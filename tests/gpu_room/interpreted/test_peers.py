@@ -49,6 +49,15 @@ def test_whoever_waits_is_let_go():
     assert time.perf_counter() - start > .3
 
 
+def test_it_is_let_go_whatever_it_was_made_in():
+    """PyTorch forbids to write into what was made in inference mode, outside of it."""
+    memory = torch.zeros(PeerMemory.size(1), dtype=torch.uint8)
+    with torch.inference_mode():
+        peers = PeerMemory(memory, 0, [memory.data_ptr()])
+    peers.let_go()
+    assert int(peers.over) > 0
+
+
 def test_areas():
     """Never that of the sum before; a pass' first sum has its own; too large a sum has none."""
     memory = torch.zeros(PeerMemory.size(2), dtype=torch.uint8)
